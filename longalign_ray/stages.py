@@ -1,0 +1,337 @@
+"""The stages of a run, in order; the CLI and the jobs call these and nothing else.
+
+Each stage leaves a manifest in the run directory. `run` skips a stage whose manifest says that it is done for the same
+configuration and the same upstream results.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from longalign_ray.config import RunConfig
+from longalign_ray.config_load import dump_config, load_config
+from longalign_ray.errors import CorpusError, LongAlignError
+from longalign_ray.model_source import local_model_dir
+from longalign_ray.run_dir import STAGES, Manifest, RunDir, digest
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("longalign_ray", "ray", "torch", "transformers", "deepspeed", "pyarrow")
+
+
+def open_run(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, RunDir]:
+    """Loads the recipe, makes its run directory and saves the resolved config there."""
+    config = load_config(recipe, overrides)
+    run_dir = RunDir(Path(config.run_dir))
+    try:
+        run_dir.root.mkdir(parents=True, exist_ok=True)
+        run_dir.config.write_text(dump_config(config), encoding="utf-8")
+    except OSError as error:
+        raise LongAlignError(
+            f"run_dir = {config.run_dir} cannot be written ({error.strerror}); choose another"
+        ) from error
+    return config, run_dir
+
+
+def connect_ray(config: RunConfig) -> None:
+    """Joins the cluster of `ray.address` or of the environment, else starts Ray on this machine; once a process."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else workers run at nice +15 and starve on a shared machine
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    settings: dict[str, Any] = {"address": config.ray.address, "logging_level": logging.WARNING}
+    if config.ray.address is None and "RAY_ADDRESS" not in os.environ:
+        settings |= {"num_cpus": config.ray.num_cpus, "include_dashboard": False}
+    ray.init(**settings)
+
+
+def construct(config: RunConfig, run_dir: RunDir) -> Manifest:
+    """Long instruction data from documents, where the recipe names no corpus of its own."""
+    from longalign_ray.construct.pipeline import construct as build
+
+    def work() -> Manifest:
+        connect_ray(config)
+        counts, dropped = build(config.construct, run_dir.conversations, seed=config.seed)
+        return _manifest(config, run_dir, "construct", [], [run_dir.conversations], counts, dropped)
+
+    return _stage(config, run_dir, "construct", work)
+
+
+def prepare(config: RunConfig, run_dir: RunDir) -> Manifest:
+    """Tokenises the corpus into the store, plans packs, and sorts the store into packed blocks."""
+    from longalign_ray.data.pipeline import prepare as build
+
+    corpus = corpus_paths(config, run_dir)
+
+    def work() -> Manifest:
+        connect_ray(config)
+        made = build(config, run_dir, model_dir=local_model_dir(config.model.path), corpus=corpus)
+        outputs = [run_dir.store, run_dir.plan, run_dir.packed]
+        return _manifest(config, run_dir, "prepare", corpus, outputs, made.counts, made.dropped_by_reason)
+
+    return _stage(config, run_dir, "prepare", work)
+
+
+def train(config: RunConfig, run_dir: RunDir) -> Manifest:
+    """Trains from the packed blocks; an interrupted run continues from its newest checkpoint."""
+    from longalign_ray.logs import read_metrics
+    from longalign_ray.train import ray_train
+
+    _need(run_dir.plan, "prepare")
+
+    def work() -> Manifest:
+        model_dir = local_model_dir(config.model.path)
+        _check_disk(config, run_dir, model_dir)
+        mark = run_dir.root / "train" / "config_digest"
+        current = stage_digest(config, run_dir, "train")
+        if not mark.exists() or mark.read_text(encoding="utf-8") != current:
+            ray_train.clear_training(run_dir)
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text(current, encoding="utf-8")
+        connect_ray(config)
+        checkpoint = ray_train.train(config, run_dir, model_dir=model_dir)
+        rows = read_metrics(run_dir.metrics)
+        counts = {
+            "steps": len(rows),
+            "tokens": sum(row["num_tokens"] for row in rows),
+            "sequences": sum(row["num_sequences"] for row in rows),
+            "first_loss": rows[0]["loss"],
+            "last_loss": rows[-1]["loss"],
+        }
+        return _manifest(config, run_dir, "train", [run_dir.plan], [run_dir.metrics, checkpoint], counts, {})
+
+    return _stage(config, run_dir, "train", work)
+
+
+def export(config: RunConfig, run_dir: RunDir) -> Manifest:
+    """The newest checkpoint as a Hugging Face directory, `model/` of the run."""
+    from longalign_ray.train.checkpoint import export_model, newest_checkpoint
+
+    def work() -> Manifest:
+        checkpoint = newest_checkpoint(run_dir.checkpoints)
+        base = local_model_dir(config.model.path)
+        num_parameters = export_model(checkpoint, base, run_dir.model, dtype=config.model.dtype)
+        counts = {"parameters": num_parameters}
+        return _manifest(config, run_dir, "export", [checkpoint], [run_dir.model], counts, {})
+
+    return _stage(config, run_dir, "export", work)
+
+
+def served_models(config: RunConfig, run_dir: RunDir) -> dict[str, Path]:
+    """Model names and directories: `base`, the recipe's model, and `aligned`, the exported one."""
+    _need(run_dir.model / "config.json", "export")
+    return {"base": local_model_dir(config.model.path), "aligned": run_dir.model}
+
+
+def serve(config: RunConfig, run_dir: RunDir) -> None:
+    """Serves the models of the run until interrupted."""
+    from longalign_ray.serve.app import serve_forever
+
+    models = served_models(config, run_dir)
+    connect_ray(config)
+    serve_forever(models, config.serve, chat_template=config.model.chat_template, dtype=config.model.dtype)
+
+
+def evaluate(config: RunConfig, run_dir: RunDir) -> Manifest:
+    """Needle grid and held-out loss over HTTP, from `evaluate.endpoint` or an application started for the purpose."""
+    from longalign_ray.serve.app import running_app
+
+    def work() -> Manifest:
+        if config.evaluate.endpoint is not None:
+            counts, dropped = _evaluate_endpoint(config, run_dir, config.evaluate.endpoint)
+        else:
+            models = {
+                name: path for name, path in served_models(config, run_dir).items() if name in config.evaluate.models
+            }
+            connect_ray(config)
+            with running_app(
+                models, config.serve, chat_template=config.model.chat_template, dtype=config.model.dtype
+            ) as base_url:
+                counts, dropped = _evaluate_endpoint(config, run_dir, base_url)
+        return _manifest(config, run_dir, "evaluate", [run_dir.model], [run_dir.scores], counts, dropped)
+
+    return _stage(config, run_dir, "evaluate", work)
+
+
+def _evaluate_endpoint(config: RunConfig, run_dir: RunDir, base_url: str) -> tuple[dict[str, Any], dict[str, int]]:
+    from longalign_ray.data.store import TokenStore
+    from longalign_ray.data.template import load_tokenizer
+    from longalign_ray.evaluate.needle import default_haystack
+    from longalign_ray.evaluate.runner import evaluate as ask
+
+    _need(run_dir.store, "prepare")
+    store = TokenStore(run_dir.store)
+    heldout = [store.example(int(row)) for row in store.index.heldout.nonzero()[0]]
+    return ask(
+        config.evaluate,
+        run_dir,
+        base_url=base_url,
+        heldout=heldout,
+        haystack=default_haystack(config.seed),
+        tokenizer=load_tokenizer(local_model_dir(config.model.path), chat_template=config.model.chat_template),
+        seed=config.seed,
+    )
+
+
+def report(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
+    """Writes report.html and report.json from whatever the run directory holds; returns the summary."""
+    from longalign_ray.evaluate.report import write_report
+
+    return write_report(run_dir)
+
+
+def run(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
+    """Every stage in order; returns the summary of the report."""
+    if not config.corpus.paths:
+        construct(config, run_dir)
+    for stage in (prepare, train, export, evaluate):
+        stage(config, run_dir)
+    return report(config, run_dir)
+
+
+def corpus_paths(config: RunConfig, run_dir: RunDir) -> list[str]:
+    """The recipe's corpus, or the output of `construct`."""
+    if config.corpus.paths:
+        return list(config.corpus.paths)
+    _need(run_dir.conversations, "construct")
+    return [str(run_dir.conversations)]
+
+
+def stage_digest(config: RunConfig, run_dir: RunDir, stage: str) -> str:
+    """Digest of everything that the result of `stage` depends on: its settings and its upstream manifest."""
+    dump = config.model_dump(mode="json")
+    sections: dict[str, list[Any]] = {
+        "construct": [dump["construct"]],
+        "prepare": [
+            dump["corpus"],
+            dump["data"],
+            dump["packing"],
+            dump["model"],
+            _corpus_state(config),
+            config.train.epochs,
+            config.train.max_steps,
+        ],
+        "train": [dump["train"]],
+        "export": [],
+        "evaluate": [dump["evaluate"]],
+    }
+    upstream = {"prepare": "construct", "train": "prepare", "export": "train", "evaluate": "export"}.get(stage)
+    if stage == "prepare" and config.corpus.paths:
+        upstream = None
+    manifest = Manifest.load(run_dir.manifest(upstream)) if upstream else None
+    return digest(stage, config.seed, sections[stage], manifest.config_digest if manifest else None)
+
+
+def is_done(config: RunConfig, run_dir: RunDir, stage: str) -> Manifest | None:
+    """The manifest of a stage that is complete for this configuration, else None."""
+    manifest = Manifest.load(run_dir.manifest(stage))
+    if manifest is None or manifest.config_digest != stage_digest(config, run_dir, stage):
+        return None
+    return manifest if all(Path(output).exists() for output in manifest.outputs) else None
+
+
+def stage_states(config: RunConfig, run_dir: RunDir) -> list[tuple[str, str]]:
+    """What `run` would do: each stage with `done`, `to do`, or why it is left out."""
+    states = []
+    stale = False
+    for stage in STAGES[:-1]:
+        if stage == "construct" and config.corpus.paths:
+            states.append((stage, "not needed: corpus.paths is given"))
+            continue
+        stale = stale or is_done(config, run_dir, stage) is None
+        states.append((stage, "to do" if stale else "done"))
+    return [*states, ("report", "to do")]
+
+
+def _stage(config: RunConfig, run_dir: RunDir, stage: str, work: Callable[[], Manifest]) -> Manifest:
+    if (done := is_done(config, run_dir, stage)) is not None:
+        logger.info("%s: done before, %.0f s", stage, done.seconds)
+        return done
+    logger.info("%s: started", stage)
+    started = time.perf_counter()
+    run_dir.manifest(stage).unlink(missing_ok=True)
+    made = work()
+    manifest = Manifest(
+        stage=stage,
+        config_digest=made.config_digest,
+        inputs=made.inputs,
+        outputs=made.outputs,
+        counts=made.counts,
+        dropped_by_reason=made.dropped_by_reason,
+        versions=made.versions,
+        seconds=time.perf_counter() - started,
+    )
+    manifest.save(run_dir.manifest(stage))
+    numbers = ", ".join(
+        f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}"
+        for name, value in manifest.counts.items()
+    )
+    dropped = ", ".join(f"{reason} {number}" for reason, number in manifest.dropped_by_reason.items())
+    logger.info("%s: %.0f s; %s%s", stage, manifest.seconds, numbers, f"; dropped: {dropped}" if dropped else "")
+    return manifest
+
+
+def _manifest(
+    config: RunConfig,
+    run_dir: RunDir,
+    stage: str,
+    inputs: Sequence[Any],
+    outputs: Sequence[Path],
+    counts: dict[str, Any],
+    dropped: dict[str, int],
+) -> Manifest:
+    return Manifest(
+        stage=stage,
+        config_digest=stage_digest(config, run_dir, stage),
+        inputs=[str(path) for path in inputs],
+        outputs=[str(path) for path in outputs],
+        counts=counts,
+        dropped_by_reason=dropped,
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def _need(path: Path, stage: str) -> None:
+    if not path.exists():
+        raise LongAlignError(f"{path} does not exist: run `longalign {stage}` first, or `longalign run` for all stages")
+
+
+def _corpus_state(config: RunConfig) -> list[Any]:
+    """Name, size and time of each corpus file, so that a changed corpus is prepared anew."""
+    states = []
+    for pattern in config.corpus.paths:
+        for path in sorted(Path().glob(pattern)) if not Path(pattern).is_absolute() else [Path(pattern)]:
+            try:
+                status = path.stat()
+            except OSError as error:
+                if any(mark in pattern for mark in "*?["):
+                    continue  # an absolute glob: `prepare` expands it
+                raise CorpusError(f"corpus.paths: {path} cannot be read ({error.strerror}); check the path") from error
+            states.append((str(path), status.st_size, status.st_mtime_ns))
+    return states
+
+
+def _check_disk(config: RunConfig, run_dir: RunDir, model_dir: Path) -> None:
+    """A checkpoint holds fp32 master weights and two moments: 12 bytes a parameter beside the weights themselves."""
+    weights = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
+    bytes_per_parameter = 2 if config.model.dtype == "bfloat16" else 4
+    needed = (12 + bytes_per_parameter) * weights // bytes_per_parameter * (config.train.keep_checkpoints + 1)
+    free = shutil.disk_usage(run_dir.root).free
+    if free < needed:
+        raise LongAlignError(
+            f"run_dir = {config.run_dir} has {free / 1e9:.1f} GB free, and {config.train.keep_checkpoints} checkpoints "
+            f"need up to {needed / 1e9:.1f} GB: free some space, choose another run_dir, or lower train.keep_checkpoints"
+        )

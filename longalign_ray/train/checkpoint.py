@@ -1,0 +1,97 @@
+"""Checkpoints: what is kept beside DeepSpeed's shards, how the newest is found, and the export to Hugging Face layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from longalign_ray.errors import CheckpointError, PlanMismatchError
+from longalign_ray.run_dir import write_json
+from longalign_ray.train.engine import TAG
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainState:
+    """Where a run stands: `step` optimizer steps are done. The plan says which data that was."""
+
+    step: int
+    tokens_seen: int
+    plan_digest: str
+    world_size: int
+    zero_stage: int
+
+    def save(self, directory: Path) -> None:
+        write_json(directory / STATE_FILE, dataclasses.asdict(self))
+
+    @staticmethod
+    def load(directory: Path) -> TrainState:
+        """Raises CheckpointError where the directory holds no finished checkpoint."""
+        try:
+            return TrainState(**json.loads((directory / STATE_FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{directory} is no finished checkpoint ({error}); remove it") from error
+
+    def check(self, *, plan_digest: str, world_size: int, zero_stage: int) -> None:
+        """Raises where the checkpoint cannot continue this run exactly."""
+        if self.plan_digest != plan_digest:
+            raise PlanMismatchError(
+                f"the checkpoint of step {self.step} belongs to plan {self.plan_digest}, the recipe now makes plan "
+                f"{plan_digest}: restore the data settings, or start anew in another run_dir"
+            )
+        if (self.world_size, self.zero_stage) != (world_size, zero_stage):
+            raise CheckpointError(
+                f"the checkpoint of step {self.step} was written by {self.world_size} ranks with ZeRO-"
+                f"{self.zero_stage}, the recipe asks for {world_size} with ZeRO-{zero_stage}: set train.num_workers="
+                f"{self.world_size} train.zero_stage={self.zero_stage}"
+            )
+
+
+def newest_checkpoint(directory: Path) -> Path:
+    """The finished checkpoint with the most steps below `directory`. Raises CheckpointError where there is none."""
+    finished = []
+    for state_file in directory.glob(f"*/{STATE_FILE}"):
+        try:
+            finished.append((TrainState.load(state_file.parent).step, state_file.parent))
+        except CheckpointError as error:
+            logger.warning("%s", error)
+    if not finished:
+        raise CheckpointError(f"no finished checkpoint below {directory}; run `longalign train` first")
+    return max(finished)[1]
+
+
+def export_model(checkpoint_dir: Path, base_model_dir: Path, output_dir: Path, *, dtype: str) -> int:
+    """Writes the weights of a checkpoint as a Hugging Face directory with the base model's tokenizer.
+
+    Returns the number of parameters. The fp32 master weights are rounded once, to `dtype`.
+    """
+    import torch
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from longalign_ray.train.model import DTYPES
+
+    if TrainState.load(checkpoint_dir).zero_stage > 0:
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint_dir), tag=TAG)
+    else:
+        file = checkpoint_dir / TAG / "mp_rank_00_model_states.pt"
+        weights = torch.load(file, map_location="cpu", weights_only=False)["module"]
+    prefix = "model."  # the wrapper PackedLM holds the Hugging Face model under this name
+    weights = {name.removeprefix(prefix): tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
+    model = AutoModelForCausalLM.from_pretrained(str(base_model_dir), dtype=DTYPES[dtype])
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    if unexpected or set(missing) - tied:
+        raise CheckpointError(
+            f"{checkpoint_dir} does not fit the model {base_model_dir}: missing {sorted(set(missing) - tied)[:3]}, "
+            f"unexpected {sorted(unexpected)[:3]}; export with the model.path that was trained"
+        )
+    model.save_pretrained(output_dir)
+    AutoTokenizer.from_pretrained(str(base_model_dir)).save_pretrained(output_dir)
+    return model.num_parameters()

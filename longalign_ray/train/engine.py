@@ -1,0 +1,117 @@
+"""DeepSpeed: the one place that knows its configuration and what its backward pass divides by."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from longalign_ray.config import TrainConfig
+from longalign_ray.errors import CheckpointError
+from longalign_ray.train.batch import PackedBatch
+from longalign_ray.train.loss import backward_scale
+from longalign_ray.train.model import PackedLM
+
+logger = logging.getLogger(__name__)
+
+TAG = "deepspeed"  # sub-directory of a checkpoint that DeepSpeed fills
+
+
+def deepspeed_config(config: TrainConfig, *, dtype: str, micro_steps: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a recipe."""
+    optimizer = {
+        "lr": config.learning_rate,
+        "betas": list(config.betas),
+        "weight_decay": config.weight_decay,
+        "torch_adam": not config.offload_optimizer,  # no compiler needed; offload wants DeepSpeed's CPU kernel
+        "adam_w_mode": True,
+    }
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.use_gpu}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_steps,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "optimizer": {"type": "AdamW", "params": optimizer},
+        "zero_optimization": zero,
+        "steps_per_print": 10**9,
+    }
+
+
+def quiet_deepspeed() -> None:
+    """Called before deepspeed is imported: names the device it would otherwise guess, and lowers its log level."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+class TrainEngine:
+    """One rank of a data-parallel world under DeepSpeed. Needs an initialised process group."""
+
+    def __init__(self, model: PackedLM, config: TrainConfig, *, dtype: str, micro_steps: int):
+        quiet_deepspeed()
+        import deepspeed
+
+        if not torch.cuda.is_available():
+            # The shared-memory collectives would be compiled at the first run; gloo needs no compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self._engine: Any = deepspeed.initialize(
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],  # pyright: ignore
+            config=deepspeed_config(config, dtype=dtype, micro_steps=micro_steps),
+            dist_init_required=False,
+        )[0]
+        self.world_size = dist.get_world_size()
+        self.device = self._engine.device
+
+    @property
+    def module(self) -> PackedLM:
+        return self._engine.module
+
+    def forward_backward(self, batch: PackedBatch, *, step_total: int, last: bool) -> torch.Tensor:
+        """Adds the gradient of one micro-step; returns this rank's share of the step's loss, detached.
+
+        step_total: M of Eq. 4 (or the targets of the step). `last` marks the last micro-step before `step`. DeepSpeed's
+        backward would also divide by the accumulation steps, which `scale_wrt_gas=False` turns off.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        weighted_sum = self._engine(batch)
+        self._engine.backward(weighted_sum * backward_scale(self.world_size, step_total), scale_wrt_gas=False)
+        return weighted_sum.detach().float() / max(step_total, 1)
+
+    def step(self, learning_rate: float) -> float:
+        """Clips, updates the weights and clears the gradients; returns the gradient norm before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def full_gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        """The whole averaged gradient of a parameter between backward and step, in every ZeRO stage (collective)."""
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter)
+
+    def save(self, directory: Path) -> None:
+        """Writes this rank's shards below `directory`/deepspeed (collective)."""
+        self._engine.save_checkpoint(str(directory), tag=TAG)
+
+    def load(self, directory: Path) -> None:
+        """Restores weights and optimizer. Raises CheckpointError where the shards are missing or unreadable."""
+        loaded, _ = self._engine.load_checkpoint(str(directory), tag=TAG)
+        if loaded is None:
+            raise CheckpointError(f"{directory / TAG} holds no checkpoint that DeepSpeed can load; remove {directory}")
+
+
+def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks, in place."""
+    dist.all_reduce(value)
+    return value

@@ -1,0 +1,188 @@
+"""Ray Train glue: starts the ranks, hands each its part of the plan, and keeps checkpoints and metrics."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from longalign_ray.config import RunConfig, TrainConfig
+from longalign_ray.data.plan import StepPlan
+from longalign_ray.errors import LongAlignError
+from longalign_ray.logs import MetricsWriter, progress, read_metrics
+from longalign_ray.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> Path:
+    """Trains to the end of the plan, resuming from the newest checkpoint of this run; returns the last checkpoint.
+
+    Raises LongAlignError where the worker group failed more than `train.max_failures` times.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchTrainer
+
+    resources: dict[str, float] = {"CPU": config.train.cpus_per_worker}
+    if config.train.use_gpu:
+        resources["GPU"] = 1
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={
+            "train": config.train.model_dump(),
+            "dtype": config.model.dtype,
+            "model_dir": str(model_dir.resolve()),
+            "plan": str(run_dir.plan.resolve()),
+            "packed": str(run_dir.packed.resolve()),
+            "metrics": str(run_dir.metrics.resolve()),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=config.train.num_workers, use_gpu=config.train.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RayRunConfig(
+            name=run_dir.checkpoints.name,
+            storage_path=str(run_dir.checkpoints.parent.resolve()),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+        ),
+    )
+    with _watched_metrics(run_dir.metrics, StepPlan.load(run_dir.plan).num_steps):
+        try:
+            result = trainer.fit()
+        except Exception as error:  # Ray wraps a worker's error in one of several types of its own
+            raise LongAlignError(f"training failed: {_root_message(error)}") from error
+    if result.checkpoint is None:
+        raise LongAlignError("training ended without a checkpoint; see the log of the workers above")
+    return Path(result.checkpoint.path)
+
+
+def _root_message(error: BaseException) -> str:
+    """The message of the worker's own error where Ray kept it, else Ray's."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, cause = next(iter(failures.items()))
+        cause = getattr(cause, "cause", cause)
+        return f"rank {rank}: {type(cause).__name__}: {cause}"
+    return str(error)
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    """What every rank runs."""
+    import ray.train
+    import torch
+
+    from longalign_ray.data.balance import assign_packs
+    from longalign_ray.data.store import PackReader
+    from longalign_ray.train.checkpoint import TrainState
+    from longalign_ray.train.engine import TrainEngine, quiet_deepspeed
+    from longalign_ray.train.loop import train_loop
+    from longalign_ray.train.model import load_for_training, verify_isolation
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    quiet_deepspeed()
+    config = TrainConfig(**settings["train"])
+    context = ray.train.get_context()
+    world_size = context.get_world_size()
+    if not config.use_gpu:
+        torch.set_num_threads(config.cpus_per_worker)
+    plan = StepPlan.load(Path(settings["plan"]))
+    assignment = assign_packs(plan, world_size)
+    model = load_for_training(
+        settings["model_dir"],
+        dtype=settings["dtype"],
+        gradient_checkpointing=config.gradient_checkpointing,
+        head_chunk=config.head_chunk,
+    )
+    vocab_size = int(model.model.config.vocab_size)  # pyright: ignore
+    engine = TrainEngine(model, config, dtype=settings["dtype"], micro_steps=assignment.shape[1])
+    verify_isolation(engine.module, vocab_size=vocab_size, device=engine.device)
+
+    first_step = tokens_seen = 0
+    identity = {"plan_digest": plan.digest, "world_size": world_size, "zero_stage": config.zero_stage}
+    if (checkpoint := ray.train.get_checkpoint()) is not None:
+        with checkpoint.as_directory() as directory:
+            state = TrainState.load(Path(directory))
+            state.check(**identity)
+            engine.load(Path(directory))
+        first_step, tokens_seen = state.step, state.tokens_seen
+        logger.warning("resumed after step %d", first_step)
+    is_first = context.get_world_rank() == 0
+    metrics = MetricsWriter(Path(settings["metrics"]), first_step=first_step) if is_first else None
+    last_row: dict[str, Any] = {}
+
+    def on_step(row: dict[str, Any]) -> None:
+        nonlocal tokens_seen
+        tokens_seen += row["num_tokens"]
+        last_row.update(row)
+        if metrics is not None:
+            metrics.write(row)
+
+    def on_checkpoint(step: int) -> None:
+        directory = Path(tempfile.mkdtemp(prefix="longalign-checkpoint-"))
+        engine.save(directory)
+        if is_first:
+            TrainState(step=step, tokens_seen=tokens_seen, **identity).save(directory)
+        ray.train.report(
+            last_row,
+            checkpoint=ray.train.Checkpoint.from_directory(directory),
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    train_loop(
+        engine,
+        plan,
+        assignment,
+        PackReader(Path(settings["packed"])),
+        config,
+        first_step=first_step,
+        on_step=on_step,
+        on_checkpoint=on_checkpoint,
+    )
+
+
+@contextmanager
+def _watched_metrics(path: Path, num_steps: int, *, poll_seconds: float = 1.0) -> Iterator[None]:
+    """Shows each new row of the metrics file while the workers write it."""
+    finished = threading.Event()
+
+    def watch() -> None:
+        shown = len(read_metrics(path))
+        with progress("train", num_steps) as bar:
+            while True:
+                last_look = finished.wait(poll_seconds)
+                rows = read_metrics(path)
+                for row in rows[min(shown, len(rows)) :]:
+                    bar.advance(row["step"] + 1, _step_line(row))
+                shown = len(rows)
+                if last_look:
+                    return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        watcher.join()
+
+
+def _step_line(row: dict[str, Any]) -> str:
+    return (
+        f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.2f}  lr {row['learning_rate']:.2e}  "
+        f"{row['tokens_per_second']:,.0f} tokens/s  imbalance {row['rank_imbalance']:.3f}  "
+        f"{row['max_memory_gb']:.1f} GB a rank"
+    )
+
+
+def clear_training(run_dir: RunDir) -> None:
+    """Removes checkpoints and metrics of an earlier recipe, which this one must not resume."""
+    if run_dir.checkpoints.exists():
+        shutil.rmtree(run_dir.checkpoints)
+    run_dir.metrics.unlink(missing_ok=True)
