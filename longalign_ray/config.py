@@ -87,8 +87,8 @@ class PackingConfig(Section):
     """Tokens in a pack at most."""
     packs_per_step: PositiveInt = 8
     """Packs of one optimizer step over all ranks and micro-steps; independent of the number of ranks."""
-    packs_per_file: PositiveInt = 64
-    """Packs in one packed-block file."""
+    steps_per_file: PositiveInt = 16
+    """Optimizer steps whose packs share one packed-block file."""
 
 
 class TrainConfig(Section):

@@ -83,6 +83,9 @@ def prepare(config: RunConfig, run_dir: RunDir) -> Manifest:
 
 def train(config: RunConfig, run_dir: RunDir) -> Manifest:
     """Trains from the packed blocks; an interrupted run continues from its newest checkpoint."""
+    from longalign_ray.data.pipeline import plan_for
+    from longalign_ray.data.plan import StepPlan
+    from longalign_ray.data.store import ExampleIndex
     from longalign_ray.logs import read_metrics
     from longalign_ray.train import ray_train
 
@@ -91,6 +94,10 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
     def work() -> Manifest:
         model_dir = local_model_dir(config.model.path)
         _check_disk(config, run_dir, model_dir)
+        if StepPlan.load(run_dir.plan).world_size != config.train.num_workers:
+            index = ExampleIndex.load(run_dir.store / "index.parquet")
+            plan_for(config, index, model_dir, world_size=config.train.num_workers).save(run_dir.plan)
+            logger.info("train: planned anew for %d ranks; the steps stay the same", config.train.num_workers)
         mark = run_dir.root / "train" / "config_digest"
         current = stage_digest(config, run_dir, "train")
         if not mark.exists() or mark.read_text(encoding="utf-8") != current:
@@ -252,6 +259,29 @@ def stage_states(config: RunConfig, run_dir: RunDir) -> list[tuple[str, str]]:
     return [*states, ("report", "to do")]
 
 
+def describe_plan(config: RunConfig, run_dir: RunDir) -> str:
+    """Table of the recipe's plan on several numbers of ranks: micro-steps, fill, and time over ideal time."""
+    from longalign_ray.data.pipeline import plan_for
+    from longalign_ray.data.store import ExampleIndex
+
+    _need(run_dir.store / "index.parquet", "prepare")
+    index = ExampleIndex.load(run_dir.store / "index.parquet")
+    model_dir = local_model_dir(config.model.path)
+    sizes = sorted(
+        {config.train.num_workers, *(2**power for power in range(4) if 2**power <= config.packing.packs_per_step)}
+    )
+    lines = [f"{'ranks':>6} {'steps':>6} {'micro-steps':>12} {'packs':>7} {'fill':>7} {'time / ideal':>13}"]
+    for world_size in sizes:
+        plan = plan_for(config, index, model_dir, world_size=world_size)
+        packs = int((plan.slot_tokens() > 0).sum())
+        mark = " <- recipe" if world_size == config.train.num_workers else ""
+        lines.append(
+            f"{world_size:>6} {plan.num_steps:>6} {plan.shape[1]:>12} {packs:>7} {plan.fill():>7.1%} "
+            f"{plan.imbalance():>13.3f}{mark}"
+        )
+    return "\n".join(lines)
+
+
 def _stage(config: RunConfig, run_dir: RunDir, stage: str, work: Callable[[], Manifest]) -> Manifest:
     if (done := is_done(config, run_dir, stage)) is not None:
         logger.info("%s: done before, %.0f s", stage, done.seconds)
@@ -333,5 +363,5 @@ def _check_disk(config: RunConfig, run_dir: RunDir, model_dir: Path) -> None:
     if free < needed:
         raise LongAlignError(
             f"run_dir = {config.run_dir} has {free / 1e9:.1f} GB free, and {config.train.keep_checkpoints} checkpoints "
-            f"need up to {needed / 1e9:.1f} GB: free some space, choose another run_dir, or lower train.keep_checkpoints"
+            f"need up to {needed / 1e9:.1f} GB: free space, choose another run_dir, or lower train.keep_checkpoints"
         )

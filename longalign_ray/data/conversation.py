@@ -38,7 +38,7 @@ class RecordError(ValueError):
         self.reason = reason
 
 
-def parse_record(line: str, *, source: str, line_number: int) -> Conversation:
+def parse_record(line: str | bytes, *, source: str, line_number: int) -> Conversation:
     """The conversation on one JSONL line.
 
     Raises RecordError where the line is not JSON, not an object with a non-empty list `messages`, where a role is

@@ -1,4 +1,4 @@
-"""Chat templates: one rendering for training, serving and evaluation, so that a prompt at inference equals training's."""
+"""Chat templates: one rendering for training, serving and evaluation, so that all three see the same prompt."""
 
 from __future__ import annotations
 

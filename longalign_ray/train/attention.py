@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -79,7 +81,13 @@ def varlen_attention(
 def _select_kernel(device: torch.device) -> Kernel:
     if device.type != "cuda":
         return sdpa_loop
-    return flash_attn_kernel if importlib.util.find_spec("flash_attn") else torch_varlen_kernel
+    if importlib.util.find_spec("flash_attn"):
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+        return partial(flash_attn_kernel, function=flash_attn_varlen_func)
+    from torch.nn.attention.varlen import varlen_attn
+
+    return partial(torch_varlen_kernel, function=varlen_attn)
 
 
 def sdpa_loop(
@@ -94,7 +102,7 @@ def sdpa_loop(
 ) -> torch.Tensor:
     """[T, H, D]: SDPA over one sequence after another, on any device."""
     pieces = []
-    for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+    for start, end in pairwise(boundaries):
         segment = slice(start, end)
         q, k, v = query_HTD[:, segment], key_KTD[:, segment], value_KTD[:, segment]
         if sliding_window is None or sliding_window >= end - start:
@@ -113,7 +121,7 @@ def _causal(q_HTD: torch.Tensor, k_KTD: torch.Tensor, v_KTD: torch.Tensor, scali
 def _windowed(
     q_HTD: torch.Tensor, k_KTD: torch.Tensor, v_KTD: torch.Tensor, scaling: float, window: int
 ) -> torch.Tensor:
-    """Causal attention to the last `window` tokens (self included), in query chunks: mask of chunk x (chunk + window)."""
+    """Causal attention to the last `window` tokens, self included; a mask is QUERY_CHUNK x (QUERY_CHUNK + window)."""
     pieces = []
     length = q_HTD.shape[1]
     for first in range(0, length, QUERY_CHUNK):
@@ -136,16 +144,9 @@ def _windowed(
 
 
 def flash_attn_kernel(
-    query_HTD: torch.Tensor,
-    key_KTD: torch.Tensor,
-    value_KTD: torch.Tensor,
-    *,
-    function: Kernel | None = None,
-    **spec: Any,
+    query_HTD: torch.Tensor, key_KTD: torch.Tensor, value_KTD: torch.Tensor, *, function: Kernel, **spec: Any
 ) -> torch.Tensor:
-    """[T, H, D] by `flash_attn_varlen_func`; `function` stands in for it in tests."""
-    if function is None:
-        from flash_attn import flash_attn_varlen_func as function  # pyright: ignore[reportMissingImports]
+    """[T, H, D] by `flash_attn_varlen_func`, which is `function`; tests give a stand-in."""
     window = spec["sliding_window"]
     return function(
         query_HTD.transpose(0, 1),
@@ -162,16 +163,9 @@ def flash_attn_kernel(
 
 
 def torch_varlen_kernel(
-    query_HTD: torch.Tensor,
-    key_KTD: torch.Tensor,
-    value_KTD: torch.Tensor,
-    *,
-    function: Kernel | None = None,
-    **spec: Any,
+    query_HTD: torch.Tensor, key_KTD: torch.Tensor, value_KTD: torch.Tensor, *, function: Kernel, **spec: Any
 ) -> torch.Tensor:
-    """[T, H, D] by torch's `varlen_attn`, whose causal flag is a right window of 0; `function` stands in in tests."""
-    if function is None:
-        from torch.nn.attention.varlen import varlen_attn as function  # pyright: ignore[reportAssignmentType]
+    """[T, H, D] by torch's `varlen_attn`, which is `function`; its causal flag is a right window of 0."""
     window = spec["sliding_window"]
     return function(
         query_HTD.transpose(0, 1),

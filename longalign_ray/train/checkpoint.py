@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept beside DeepSpeed's shards, how the newest is found, and the export to Hugging Face layout."""
+"""Checkpoints: what stands beside DeepSpeed's shards, which one is newest, and the export to Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from longalign_ray.errors import CheckpointError, PlanMismatchError
 from longalign_ray.run_dir import write_json
@@ -78,7 +79,7 @@ def export_model(checkpoint_dir: Path, base_model_dir: Path, output_dir: Path, *
     from longalign_ray.train.model import DTYPES
 
     if TrainState.load(checkpoint_dir).zero_stage > 0:
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint_dir), tag=TAG)
+        weights: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint_dir), tag=TAG) or {}
     else:
         file = checkpoint_dir / TAG / "mp_rank_00_model_states.pt"
         weights = torch.load(file, map_location="cpu", weights_only=False)["module"]

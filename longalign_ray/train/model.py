@@ -6,7 +6,7 @@ Suffixes: T tokens of the pack, N target positions, D hidden width.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from longalign_ray.train import attention
 from longalign_ray.train.batch import PackedBatch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+LOGIT_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # applied after lm_head by some families
 
 
 class TokenLossHead(nn.Linear):
@@ -98,12 +101,14 @@ def prepare_model(model: Any, *, gradient_checkpointing: bool, head_chunk: int) 
     Raises ModelError where the model's LM head is no plain linear layer or scales its logits.
     """
     head = getattr(model, "lm_head", None)
-    if type(head) is not nn.Linear or getattr(model.config, "final_logit_softcapping", None):
+    scaled = [name for name in LOGIT_SCALES if getattr(model.config, name, None) not in (None, 1, 1.0)]
+    if type(head) is not nn.Linear or scaled:
         raise ModelError(
-            f"{type(model).__name__} has no plain linear lm_head, so its loss cannot be computed in chunks"
+            f"{type(model).__name__} has {' and '.join(scaled) or 'no plain linear lm_head'}, so its loss cannot be "
+            "computed in chunks; choose a model with a plain head"
         )
     head.__class__ = TokenLossHead  # keeps the parameter, its name and its tie to the embedding
-    head.chunk = head_chunk
+    cast(TokenLossHead, head).chunk = head_chunk
     model.config.use_cache = False
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -114,7 +119,7 @@ def prepare_model(model: Any, *, gradient_checkpointing: bool, head_chunk: int) 
 def verify_isolation(model: PackedLM, *, vocab_size: int, device: torch.device | str) -> None:
     """Two short sequences, the first one changed: the second one's hidden states must not move by a bit.
 
-    Every rank calls it, as under ZeRO-3 a forward pass is collective. Raises ModelError where sequences see one another.
+    Every rank calls it, as under ZeRO-3 a forward pass is collective. Raises ModelError where one sees the other.
     """
     import numpy as np
 
@@ -130,5 +135,5 @@ def verify_isolation(model: PackedLM, *, vocab_size: int, device: torch.device |
     if not torch.equal(second_sequence(1), second_sequence(2)):
         raise ModelError(
             f"{type(model.model).__name__}: a token of one packed sequence changes the states of another, so packed "
-            "training would be wrong; choose a model whose every layer is attention (no recurrent or convolutional mixer)"
+            "training would be wrong; choose a model whose every layer is attention, with no recurrent mixer"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -40,6 +41,7 @@ def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> Path:
             "dtype": config.model.dtype,
             "model_dir": str(model_dir.resolve()),
             "plan": str(run_dir.plan.resolve()),
+            "store": str(run_dir.store.resolve()),
             "packed": str(run_dir.packed.resolve()),
             "metrics": str(run_dir.metrics.resolve()),
         },
@@ -78,11 +80,10 @@ def _train_worker(settings: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from longalign_ray.data.balance import assign_packs
-    from longalign_ray.data.store import PackReader
+    from longalign_ray.data.packed import PackReader
     from longalign_ray.train.checkpoint import TrainState
     from longalign_ray.train.engine import TrainEngine, quiet_deepspeed
-    from longalign_ray.train.loop import train_loop
+    from longalign_ray.train.loop import StepMetrics, train_loop
     from longalign_ray.train.model import load_for_training, verify_isolation
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -93,7 +94,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     if not config.use_gpu:
         torch.set_num_threads(config.cpus_per_worker)
     plan = StepPlan.load(Path(settings["plan"]))
-    assignment = assign_packs(plan, world_size)
+    packs = PackReader(plan, store_dir=Path(settings["store"]), packed_dir=Path(settings["packed"]))
     model = load_for_training(
         settings["model_dir"],
         dtype=settings["dtype"],
@@ -101,7 +102,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
         head_chunk=config.head_chunk,
     )
     vocab_size = int(model.model.config.vocab_size)  # pyright: ignore
-    engine = TrainEngine(model, config, dtype=settings["dtype"], micro_steps=assignment.shape[1])
+    engine = TrainEngine(model, config, dtype=settings["dtype"], micro_steps=plan.shape[1])
     verify_isolation(engine.module, vocab_size=vocab_size, device=engine.device)
 
     first_step = tokens_seen = 0
@@ -117,9 +118,10 @@ def _train_worker(settings: dict[str, Any]) -> None:
     metrics = MetricsWriter(Path(settings["metrics"]), first_step=first_step) if is_first else None
     last_row: dict[str, Any] = {}
 
-    def on_step(row: dict[str, Any]) -> None:
+    def on_step(step_metrics: StepMetrics) -> None:
         nonlocal tokens_seen
-        tokens_seen += row["num_tokens"]
+        tokens_seen += step_metrics.num_tokens
+        row = dataclasses.asdict(step_metrics)
         last_row.update(row)
         if metrics is not None:
             metrics.write(row)
@@ -135,16 +137,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
             delete_local_checkpoint_after_upload=True,
         )
 
-    train_loop(
-        engine,
-        plan,
-        assignment,
-        PackReader(Path(settings["packed"])),
-        config,
-        first_step=first_step,
-        on_step=on_step,
-        on_checkpoint=on_checkpoint,
-    )
+    train_loop(engine, packs, config, first_step=first_step, on_step=on_step, on_checkpoint=on_checkpoint)
 
 
 @contextmanager

@@ -1,0 +1,193 @@
+"""The token store and the packed blocks: Arrow IPC files, uncompressed and memory-mapped, one row an example.
+
+In the store, rows stand in the order of the corpus. In a packed block each record batch is one pack of a plan, so that
+a rank reads its packs from one contiguous place. Suffixes: T tokens of a pack, S sequences of a pack.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from longalign_ray.errors import PackFormatError
+
+SCHEMA = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("input_ids", pa.large_list(pa.int32())),
+        ("loss_mask", pa.large_list(pa.uint8())),  # a byte a token: bits would have to be unpacked at each read
+    ]
+)
+ROWS_PER_BATCH = 1_024
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One tokenised conversation. loss_mask[t] says that token t is a target."""
+
+    example_id: str
+    input_ids: np.ndarray
+    """int32[length]."""
+    loss_mask: np.ndarray
+    """bool[length]."""
+
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_targets(self) -> int:
+        """N_i: targets that something predicts, so not the first token."""
+        return int(np.count_nonzero(self.loss_mask[1:]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExampleIndex:
+    """What a plan needs to know: a row an example, in store order."""
+
+    example_id: np.ndarray
+    """object[n] of str."""
+    length: np.ndarray
+    """int32[n]."""
+    num_targets: np.ndarray
+    """int32[n]."""
+    file: np.ndarray
+    """int32[n]: number of the store file, as in part-00012.arrow."""
+    row: np.ndarray
+    """int32[n]: row in that file."""
+    heldout: np.ndarray
+    """bool[n]: kept out of training."""
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def save(self, path: Path) -> None:
+        columns = {field.name: pa.array(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        pq.write_table(pa.table(columns), path, compression="zstd")
+
+    @staticmethod
+    def load(path: Path) -> ExampleIndex:
+        """Raises PackFormatError where there is no such index."""
+        try:
+            table = pq.read_table(path)
+            return ExampleIndex(**{name: table[name].to_numpy() for name in table.column_names})
+        except (OSError, pa.ArrowInvalid, TypeError) as error:
+            raise PackFormatError(f"{path} is no index of a token store ({error}); run `longalign prepare`") from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pack:
+    """Sequences laid end to end. No weights: they follow from the mask and the boundaries."""
+
+    input_ids: np.ndarray
+    """int32[T]."""
+    loss_mask: np.ndarray
+    """bool[T]."""
+    cu_seqlens: np.ndarray
+    """int32[S+1], first 0, last T."""
+    example_ids: tuple[str, ...]
+
+    @staticmethod
+    def of(examples: Sequence[Example]) -> Pack:
+        """The examples end to end, e.g. lengths 3 and 2 -> cu_seqlens [0, 3, 5]."""
+        lengths = [example.length for example in examples]
+        return Pack(
+            input_ids=np.concatenate([example.input_ids for example in examples]),
+            loss_mask=np.concatenate([example.loss_mask for example in examples]),
+            cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+            example_ids=tuple(example.example_id for example in examples),
+        )
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05d}.arrow"
+
+
+def write_batches(path: Path, batches: Iterable[Sequence[Example]]) -> None:
+    """Writes a file with one record batch for each list of examples; it appears whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for examples in batches:
+            writer.write_batch(_record_batch(examples))
+    temporary.replace(path)
+
+
+def write_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Writes a store file."""
+    write_batches(path, (examples[first : first + ROWS_PER_BATCH] for first in range(0, len(examples), ROWS_PER_BATCH)))
+
+
+def _record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
+    offsets = np.concatenate([[0], np.cumsum([example.length for example in examples], dtype=np.int64)])
+
+    def lists(arrays: list[np.ndarray], dtype: type) -> pa.LargeListArray:
+        values = np.concatenate(arrays) if arrays else np.empty(0)
+        return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values.astype(dtype)))
+
+    columns = [
+        pa.array([example.example_id for example in examples], pa.string()),
+        lists([example.input_ids for example in examples], np.int32),
+        lists([example.loss_mask for example in examples], np.uint8),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+class BatchFile:
+    """A memory-mapped file of `write_batches`; nothing is read before it is asked for."""
+
+    def __init__(self, path: Path):
+        """Raises PackFormatError where `path` is missing or holds something else."""
+        try:
+            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise PackFormatError(f"{path} cannot be read ({error}); run `longalign prepare` again") from error
+        if self._reader.schema != SCHEMA:
+            raise PackFormatError(f"{path} has the columns {self._reader.schema.names}, not {SCHEMA.names}")
+
+    @cached_property
+    def batch_starts(self) -> np.ndarray:
+        """int64[batches+1]: rows before each batch, and the number of rows last."""
+        rows = [self._reader.get_batch(number).num_rows for number in range(self._reader.num_record_batches)]
+        return np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
+
+    def examples(self, batch_number: int) -> list[Example]:
+        """All rows of one record batch; the arrays are read-only views of the file."""
+        batch = self._reader.get_batch(batch_number)
+        return [_example(batch, row) for row in range(batch.num_rows)]
+
+    def example(self, row: int) -> Example:
+        number = int(np.searchsorted(self.batch_starts, row, side="right")) - 1
+        return _example(self._reader.get_batch(number), row - int(self.batch_starts[number]))
+
+
+def _example(batch: pa.RecordBatch, row: int) -> Example:
+    ids, mask = batch.column(1), batch.column(2)
+    first, last = ids.offsets[row].as_py(), ids.offsets[row + 1].as_py()
+    return Example(
+        batch.column(0)[row].as_py(),
+        ids.values.slice(first, last - first).to_numpy(),
+        mask.values.slice(first, last - first).to_numpy().view(np.bool_),
+    )
+
+
+class TokenStore:
+    """A directory of store files with its index; examples are read by their row in the index."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.index = ExampleIndex.load(directory / "index.parquet")
+        self._files: dict[int, BatchFile] = {}
+
+    def example(self, row: int) -> Example:
+        """The example of index row `row`. Raises PackFormatError where its file is missing or broken."""
+        number = int(self.index.file[row])
+        if number not in self._files:
+            self._files[number] = BatchFile(self.directory / part_name(number))
+        return self._files[number].example(int(self.index.row[row]))
