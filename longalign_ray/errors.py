@@ -37,5 +37,9 @@ class ServingError(LongAlignError):
     """The endpoint could not be started or does not answer."""
 
 
+class OverloadedError(ServingError):
+    """So many requests wait already that this one was refused; it may be sent again later."""
+
+
 class EvaluationError(LongAlignError):
     """An evaluation could not be carried out; never raised for a merely bad answer of the model."""

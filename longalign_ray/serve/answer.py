@@ -1,0 +1,150 @@
+"""A model with its tokenizer: text or messages to token ids, and the engine's tokens back to text."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longalign_ray.data.template import encode_prompt, load_tokenizer
+from longalign_ray.serve.engine import FinishReason, GenerationEngine, PromptScore, Sampling, Token, TopTokens
+from longalign_ray.serve.schema import ApiError, CompletionLogprobs
+from longalign_ray.serve.text import Detokenizer, StopStrings
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What the HTTP layer knows of a model: its name on the wire, its engine, its tokenizer and its limits."""
+
+    name: str
+    engine: GenerationEngine
+    tokenizer: Any
+    context_length: int
+    vocab_size: int
+    stop_token_ids: tuple[int, ...]
+    """The end-of-turn token that training taught, and the tokenizer's EOS."""
+    _token_texts: dict[int, str] = field(default_factory=dict)
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of the conversation, ending with the cue to answer. Raises ApiError where the template refuses."""
+        from jinja2 import TemplateError
+
+        try:
+            return encode_prompt(self.tokenizer, messages)
+        except TemplateError as error:
+            raise ApiError(400, f"the chat template refuses these messages: {error}", param="messages") from error
+
+    def encode_text(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of plain text, with the special tokens that the tokenizer puts around it; ids pass as they are."""
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt)["input_ids"]
+        if prompt and max(prompt) >= self.vocab_size:
+            raise ApiError(400, f"prompt holds the token id {max(prompt)}; ids end at {self.vocab_size - 1}")
+        return prompt
+
+    def token_text(self, token_id: int) -> str:
+        """Text of a token by itself; kept, as a long scored prompt asks for thousands."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._token_texts[token_id] = self.tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        return text
+
+
+def served_model(name: str, engine: GenerationEngine, model_dir: Path, *, chat_template: str | None) -> ServedModel:
+    """The model of a local directory behind `engine`. Raises ModelError where tokenizer or template are missing."""
+    from transformers import AutoConfig
+
+    tokenizer = load_tokenizer(model_dir, chat_template=chat_template)
+    config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False).get_text_config()
+    return ServedModel(
+        name=name,
+        engine=engine,
+        tokenizer=tokenizer,
+        context_length=getattr(config, "max_position_embeddings", None) or 2**31,
+        vocab_size=config.vocab_size,
+        stop_token_ids=stop_token_ids(tokenizer),
+    )
+
+
+def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
+    """EOS, and the token that training marks as the end of an assistant's turn, found by its own rule."""
+    from longalign_ray.data.conversation import Conversation, Message, RecordError
+    from longalign_ray.data.tokenize import special_ids, tokenize_conversation
+
+    ids = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    probe = Conversation("probe", (Message("user", "Hi"), Message("assistant", "Hello")), "probe")
+    try:
+        example, _ = tokenize_conversation(probe, tokenizer, max_length=2**31, too_long="reject")
+    except RecordError:  # a template that cannot be trained on may still be served
+        return tuple(ids)
+    last_target = int(example.input_ids[example.loss_mask][-1])
+    if last_target in special_ids(tokenizer):
+        ids.add(last_target)
+    return tuple(sorted(ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next text of an answer; in the last piece why it ended. Counts are those so far."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    num_generated: int
+    num_cached: int
+    finish_reason: FinishReason | None
+
+
+async def answer(
+    model: ServedModel, token_ids: Sequence[int], sampling: Sampling, *, stop: Sequence[str] = ()
+) -> AsyncGenerator[Piece, None]:
+    """Pieces up to the end token, a stop string or the limit; closing the generator cancels the request."""
+    detokenizer, stop_strings = Detokenizer(model.tokenizer), StopStrings(stop)
+    async with aclosing(model.engine.submit(token_ids, sampling)) as events:
+        async for event in events:
+            text = stop_strings.push(detokenizer.push([token.token_id for token in event.tokens]))
+            finish_reason = event.finish_reason
+            if finish_reason is not None:
+                text += stop_strings.push(detokenizer.finish()) + stop_strings.finish()
+            if stop_strings.found:
+                finish_reason = "stop"
+            yield Piece(text, event.tokens, event.num_generated, event.num_cached, finish_reason)
+            if finish_reason is not None:
+                return
+
+
+def completion_logprobs(
+    model: ServedModel, *, prompt_ids: Sequence[int], prompt_score: PromptScore | None, tokens: Sequence[Token]
+) -> CompletionLogprobs:
+    """The legacy shape: the prompt's tokens, if they were scored, and then the generated ones."""
+    ids: list[int] = []
+    log_probs: list[float | None] = []
+    top: list[TopTokens | None] = []
+    if prompt_score is not None:
+        ids += prompt_ids
+        log_probs += [None, *prompt_score.log_probs]
+        top += [None, *prompt_score.top]
+    ids += [token.token_id for token in tokens]
+    log_probs += [token.log_prob for token in tokens]
+    top += [token.top for token in tokens]
+    texts = [model.token_text(token_id) for token_id in ids]
+    offsets = [0]
+    for text in texts:
+        offsets.append(offsets[-1] + len(text))
+    return CompletionLogprobs(
+        tokens=texts,
+        token_logprobs=log_probs,
+        top_logprobs=[_by_text(model, entry) for entry in top],
+        text_offset=offsets[:-1],
+    )
+
+
+def _by_text(model: ServedModel, top: TopTokens | None) -> dict[str, float] | None:
+    """Two tokens may have the same text, such as parts of a character; the likelier one keeps its place."""
+    if top is None:
+        return None
+    named: dict[str, float] = {}
+    for token_id, log_prob in top:
+        named.setdefault(model.token_text(token_id), log_prob)
+    return named

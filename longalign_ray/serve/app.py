@@ -1,0 +1,260 @@
+"""Ray Serve glue: one application, with the HTTP layer in an ingress replica and each model in a deployment of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from longalign_ray.config import ServeConfig
+from longalign_ray.errors import OverloadedError, ServingError
+from longalign_ray.serve.engine import EngineStats, GenerationEvent, PromptScore, Sampling
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "longalign"
+INGRESS_NAME = "openai-api"
+POLL_SECONDS = 0.5
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+
+
+class EngineReplica:
+    """One copy of a model. Serve replaces it when `check_health` raises."""
+
+    def __init__(self, model_dir: str, config: ServeConfig, *, dtype: str):
+        from longalign_ray.serve.transformers_engine import TransformersEngine
+
+        self._engine = TransformersEngine(
+            model_dir,
+            dtype=dtype,
+            prefill_chunk=config.prefill_chunk,
+            max_sequences=config.max_sequences,
+            device="cuda" if config.use_gpu else "cpu",
+            num_threads=config.cpus_per_replica,
+        )
+
+    async def submit(self, token_ids: list[int], sampling: Sampling) -> AsyncGenerator[GenerationEvent, None]:
+        events = self._engine.submit(token_ids, sampling)
+        try:
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
+
+    async def score(self, token_ids: list[int], num_top: int) -> PromptScore:
+        return await self._engine.score(token_ids, num_top=num_top)
+
+    async def stats(self) -> EngineStats:
+        return await self._engine.stats()
+
+    def check_health(self) -> None:
+        if not self._engine.is_alive:
+            raise ServingError("the thread that owns the model has ended")
+
+
+class RemoteEngine:
+    """A GenerationEngine that passes calls on to the replicas of a deployment; Serve chooses the replica."""
+
+    def __init__(self, name: str, handle: DeploymentHandle):
+        self._name = name
+        self._handle = handle
+
+    async def submit(self, token_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[GenerationEvent, None]:
+        events: Any = self._handle.options(stream=True).submit.remote(list(token_ids), sampling)
+        try:
+            async for event in events:
+                yield event
+        except (RayError, RayServeException) as error:
+            raise self._named(error) from error
+        finally:
+            events.cancel()
+
+    async def score(self, token_ids: Sequence[int], *, num_top: int = 0) -> PromptScore:
+        return await self._call(self._handle.score.remote(list(token_ids), num_top))
+
+    async def stats(self) -> EngineStats:
+        return await self._call(self._handle.stats.remote())
+
+    async def _call(self, response: Any) -> Any:
+        try:
+            return await response
+        except (RayError, RayServeException) as error:
+            raise self._named(error) from error
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+
+    def _named(self, error: Exception) -> ServingError:
+        """Ray's error as one of ours: what failed and what to do, without its stack trace."""
+        if isinstance(error, BackPressureError):
+            return OverloadedError(f"{self._name}: {error.args[0]} requests wait already; send this one again later")
+        if isinstance(error, RayTaskError):
+            return ServingError(f"{self._name}: {error.cause}")
+        return ServingError(f"{self._name}: the replica was lost ({type(error).__name__}); send the request again")
+
+
+@serve.ingress()
+class Ingress:
+    """The HTTP layer: tokenizers and text here, tokens in the engines."""
+
+    def __init__(
+        self,
+        engines: dict[str, DeploymentHandle],
+        model_dirs: dict[str, str],
+        config: ServeConfig,
+        *,
+        chat_template: str | None,
+    ):
+        from longalign_ray.serve.answer import served_model
+        from longalign_ray.serve.api import build_api
+
+        models = {
+            name: served_model(name, RemoteEngine(name, handle), Path(model_dirs[name]), chat_template=chat_template)
+            for name, handle in engines.items()
+        }
+        self._api = build_api(models, config, health=lambda: _ready(list(models)))
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._api
+
+
+async def _ready(names: list[str]) -> dict[str, bool]:
+    """Whether each model has a running replica, as Serve's controller sees it."""
+    from ray.serve.schema import ReplicaState
+
+    deployments = (await asyncio.to_thread(serve.status)).applications[APP_NAME].deployments
+    return {
+        name: name in deployments and deployments[name].replica_states.get(ReplicaState.RUNNING, 0) > 0
+        for name in names
+    }
+
+
+def build_application(
+    models: Mapping[str, Path], config: ServeConfig, *, chat_template: str | None, dtype: str
+) -> serve.Application:
+    """The Serve application; nothing is started."""
+    model_dirs = {name: str(Path(path).resolve()) for name, path in models.items()}
+    actor_options: dict[str, Any] = {"num_cpus": config.cpus_per_replica, "num_gpus": int(config.use_gpu)}
+    engines = {
+        name: serve.deployment(
+            EngineReplica,
+            name=name,
+            num_replicas=config.num_replicas,
+            ray_actor_options=actor_options,
+            max_ongoing_requests=config.max_ongoing_requests,
+            max_queued_requests=config.max_queued_requests,
+            max_constructor_retry_count=1,  # a model that does not load will not load the second time either
+            graceful_shutdown_timeout_s=5,
+        ).bind(model_dir, config, dtype=dtype)
+        for name, model_dir in model_dirs.items()
+    }
+    accepted = config.num_replicas * config.max_ongoing_requests + config.max_queued_requests
+    template = None if chat_template is None else str(Path(chat_template).resolve())
+    return serve.deployment(
+        Ingress,
+        name=INGRESS_NAME,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=2 * len(models) * accepted + 64,  # the models' queues refuse, not this one
+        max_constructor_retry_count=1,
+        graceful_shutdown_timeout_s=5,
+    ).bind(engines, model_dirs, config, chat_template=template)
+
+
+@contextmanager
+def running_app(
+    models: Mapping[str, Path], config: ServeConfig, *, chat_template: str | None, dtype: str
+) -> Iterator[str]:
+    """Base URL (`http://127.0.0.1:PORT/v1`) of an application that answers; it is shut down on leaving.
+
+    Ray is initialised by the caller. Raises ServingError where the port is taken, a model does not load, or the
+    replicas are not ready in `start_timeout_seconds`.
+    """
+    _check_port(config.host, config.port)
+    if serve.status().proxies:
+        raise ServingError(
+            "Ray Serve already runs on this cluster, and its address cannot be changed: end that run first, "
+            "or evaluate against it with evaluate.endpoint=URL"
+        )
+    application = build_application(models, config, chat_template=chat_template, dtype=dtype)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        serve.start(
+            proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port}, logging_config=QUIET
+        )
+        target = serve.RunTarget(application, name=APP_NAME, route_prefix="/", logging_config=QUIET)
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        host = "127.0.0.1" if config.host in ("0.0.0.0", "::", "") else config.host
+        root = f"http://{host}:{config.port}"
+        _wait_until_ready(root, timeout_seconds=config.start_timeout_seconds)
+        yield f"{root}/v1"
+    finally:
+        serve.shutdown()
+
+
+def serve_forever(models: Mapping[str, Path], config: ServeConfig, *, chat_template: str | None, dtype: str) -> None:
+    """Serves until interrupted (Ctrl-C or SIGTERM). Raises what `running_app` raises."""
+    stopped = threading.Event()
+    previous = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    try:
+        with running_app(models, config, chat_template=chat_template, dtype=dtype) as base_url:
+            body = json.dumps({"model": list(models)[-1], "messages": [{"role": "user", "content": "Hello!"}]})
+            logger.info("serving %s at %s; Ctrl-C ends it. Try:", ", ".join(models), base_url)
+            logger.info("curl %s/chat/completions -H 'Content-Type: application/json' -d '%s'", base_url, body)
+            while not stopped.wait(POLL_SECONDS):
+                pass
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    logger.info("stopped serving")
+
+
+def _cause(application: Any) -> str:
+    print(application)
+    return str(application)
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServingError(
+                f"serve.host = {host}, serve.port = {port} cannot be bound ({error.strerror or error}): "
+                f"end what listens there, or choose another port with serve.port=PORT"
+            ) from error
+
+
+def _wait_until_ready(root: str, *, timeout_seconds: float) -> None:
+    """Returns when /health says 200; raises ServingError where a deployment has failed or time is up."""
+    import httpx
+
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
+        application = serve.status().applications.get(APP_NAME)
+        if application is not None and application.status == "DEPLOY_FAILED":
+            raise ServingError(f"the endpoint could not be started: {_cause(application)}")
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"{root}/health", timeout=POLL_SECONDS * 10).status_code == 200:
+                return
+        time.sleep(POLL_SECONDS)
+    application = serve.status().applications.get(APP_NAME)
+    raise ServingError(
+        f"the endpoint was not ready within serve.start_timeout_seconds = {timeout_seconds:g}: "
+        f"{_cause(application) if application else 'Serve has not started'}; raise the limit, or give the replicas "
+        "fewer CPUs with serve.cpus_per_replica and serve.num_replicas"
+    )

@@ -1,0 +1,252 @@
+"""OpenAI wire types: what the endpoint reads and writes. Fields that it does not know are ignored, as OpenAI does."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+
+TokenId = Annotated[int, Field(ge=0)]
+Temperature = Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)]
+TopP = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+MaxTokens = Annotated[int, Field(ge=0)]
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+FinishReason = Literal["stop", "length"]
+
+MAX_STOP_STRINGS = 16
+MAX_TOP_LOGPROBS = 20
+MAX_PROMPTS = 128
+
+
+class GenerationRequest(BaseModel):
+    """Fields that chat and plain completions share."""
+
+    model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
+
+    model: str
+    temperature: Temperature | None = None
+    """None: 1. 0: greedy."""
+    top_p: TopP | None = None
+    """None: 1. The smallest set of tokens with at least this probability is drawn from."""
+    seed: Seed | None = None
+    """Same seed, same request, same tokens; none: a new draw every time."""
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    """The text ends before the first of these."""
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    """Only one choice for a prompt."""
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def wants_usage_chunk(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class StreamOptions(BaseModel):
+    """`include_usage`: one more chunk before the end of the stream, with the token counts."""
+
+    include_usage: bool = False
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """One turn; a content of several text parts is joined."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def as_dict(self) -> dict[str, str]:
+        """The form that chat templates take; `developer` is OpenAI's newer name for `system`."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """The newer name of `max_tokens`, and stronger."""
+    logprobs: Literal[False] | None = None
+    """Log-probabilities are given by /v1/completions alone."""
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions; a prompt is text or token ids, and there may be several."""
+
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    max_tokens: MaxTokens | None = None
+    """None: 16, as OpenAI has it. 0 with `echo`: score the prompt only."""
+    echo: bool | None = None
+    """Put the prompt, with its log-probabilities if wanted, before the answer."""
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """Log-probability of every token, and of this many of the likeliest tokens in its place."""
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # pyright: ignore[reportReturnType]
+        return list(self.prompt)  # pyright: ignore[reportReturnType]
+
+    @model_validator(mode="after")
+    def _rules(self) -> CompletionRequest:
+        if not 1 <= len(self.prompts) <= MAX_PROMPTS:
+            raise ValueError(f"prompt holds {len(self.prompts)} prompts; send 1 to {MAX_PROMPTS}")
+        if self.stream and len(self.prompts) > 1:
+            raise ValueError("stream takes one prompt; send one request a prompt, or stream=false")
+        if self.stream and (self.echo or self.logprobs is not None):
+            raise ValueError("stream gives neither echo nor logprobs; set stream=false")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens is 0, which yields nothing without echo; set echo=true or max_tokens >= 1")
+        return self
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = 0
+
+
+class UsageInfo(BaseModel):
+    """Token counts; `completion_tokens` counts the end-of-turn token too."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    index: int = 0
+    message: AnswerMessage
+    logprobs: None = None
+    finish_reason: FinishReason
+
+
+class ChatResponse(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: UsageInfo
+
+
+class Delta(BaseModel):
+    """What a chunk adds; a field that adds nothing is left out."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+    @model_serializer
+    def _given(self) -> dict[str, str]:
+        return {name: value for name, value in (("role", self.role), ("content", self.content)) if value is not None}
+
+
+class ChatChunkChoice(BaseModel):
+    index: int = 0
+    delta: Delta
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(BaseModel):
+    """One event of a streamed chat answer."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: UsageInfo | None = None
+
+
+class CompletionLogprobs(BaseModel):
+    """One entry a token; the first token of an echoed prompt has nothing before it, so its entries are null."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None
+
+
+class CompletionResponse(BaseModel):
+    """An answer of /v1/completions, and, with one choice, also an event of its stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: UsageInfo | None = None
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "longalign_ray"
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ErrorInfo(BaseModel):
+    """`type`: invalid_request_error, rate_limit_error or server_error; `param`: the field at fault."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorInfo
+
+
+class ApiError(Exception):
+    """A refused request: the HTTP status and what goes into its `error` object."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+    def body(self) -> dict[str, Any]:
+        """`{"error": {...}}`, as OpenAI clients read it."""
+        kind = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}.get(
+            self.status, "invalid_request_error"
+        )
+        info = ErrorInfo(message=str(self), type=kind, param=self.param, code=self.code)
+        return ErrorResponse(error=info).model_dump()
