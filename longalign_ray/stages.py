@@ -48,10 +48,18 @@ def connect_ray(config: RunConfig) -> None:
         return
     os.environ.setdefault("RAY_worker_niceness", "0")  # else workers run at nice +15 and starve on a shared machine
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    settings: dict[str, Any] = {"address": config.ray.address, "logging_level": logging.WARNING}
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    settings: dict[str, Any] = {
+        "address": config.ray.address,
+        "logging_level": logging.WARNING,
+        "log_to_driver": config.ray.log_to_driver,
+    }
     if config.ray.address is None and "RAY_ADDRESS" not in os.environ:
         settings |= {"num_cpus": config.ray.num_cpus, "include_dashboard": False}
     ray.init(**settings)
+    import ray.data  # its loggers are set up on import, with a line for every execution
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def construct(config: RunConfig, run_dir: RunDir) -> Manifest:
@@ -172,18 +180,19 @@ def evaluate(config: RunConfig, run_dir: RunDir) -> Manifest:
 def _evaluate_endpoint(config: RunConfig, run_dir: RunDir, base_url: str) -> tuple[dict[str, Any], dict[str, int]]:
     from longalign_ray.data.store import TokenStore
     from longalign_ray.data.template import load_tokenizer
-    from longalign_ray.evaluate.needle import default_haystack
+    from longalign_ray.evaluate.haystack import default_haystack
     from longalign_ray.evaluate.runner import evaluate as ask
 
     _need(run_dir.store, "prepare")
     store = TokenStore(run_dir.store)
     heldout = [store.example(int(row)) for row in store.index.heldout.nonzero()[0]]
+    longest = max(config.evaluate.needle.lengths) if config.evaluate.needle else 0
     return ask(
         config.evaluate,
         run_dir,
         base_url=base_url,
         heldout=heldout,
-        haystack=default_haystack(config.seed),
+        haystack=default_haystack(config.seed, min_chars=8 * longest),
         tokenizer=load_tokenizer(local_model_dir(config.model.path), chat_template=config.model.chat_template),
         seed=config.seed,
     )

@@ -1,0 +1,198 @@
+"""Runs benchmarks against an OpenAI-compatible endpoint: many requests at a time, nothing lost, nothing made up.
+
+For every model: the cases, longest document first -> requests over HTTP -> predictions/<task>-<model>.jsonl, a line as
+an answer comes -> scores/<task>-<model>.json. Failed cases are counted by reason and take no part in a score.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from longalign_ray.config import EvaluateConfig
+from longalign_ray.data.store import Example
+from longalign_ray.data.template import Tokenizer
+from longalign_ray.errors import EvaluationError
+from longalign_ray.evaluate import heldout as heldout_task
+from longalign_ray.evaluate import needle as needle_task
+from longalign_ray.evaluate.endpoint import Endpoint, RequestFailed
+from longalign_ray.evaluate.predictions import PredictionFile, file_stem
+from longalign_ray.evaluate.task import AnswerError, EvalCase, Prediction, TaskScore, in_asking_order
+from longalign_ray.logs import progress
+from longalign_ray.run_dir import RunDir, digest, write_json
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """How the answers to a task are read and scored."""
+
+    read_answer: Callable[[EvalCase, dict[str, Any]], Prediction]
+    score: Callable[[Sequence[EvalCase], Mapping[str, Prediction]], tuple[TaskScore, dict[str, Any]]]
+
+
+BENCHMARKS = {
+    needle_task.TASK: Benchmark(needle_task.read_answer, needle_task.score_needle),
+    heldout_task.TASK: Benchmark(heldout_task.read_answer, heldout_task.score_heldout),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Sheet:
+    """The cases of one task for one model, what was answered and what failed."""
+
+    task: str
+    model: str
+    cases: list[EvalCase]
+    digests: dict[str, str]
+    predictions: PredictionFile
+    failed: Counter[str] = field(default_factory=Counter)
+
+    def unanswered(self) -> list[EvalCase]:
+        return [case for case in in_asking_order(self.cases) if case.case_id not in self.predictions.found]
+
+
+def evaluate(
+    config: EvaluateConfig,
+    run_dir: RunDir,
+    *,
+    base_url: str,
+    heldout: Sequence[Example],
+    haystack: str,
+    tokenizer: Tokenizer,
+    seed: int,
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Counts and scores of every model, and the number of failed cases by reason.
+
+    Counts hold `cases`, `answered`, `resumed` (answered by an earlier, killed run), `retries` and for each model its
+    `<model>_needle_accuracy`, `<model>_needle_exact`, `<model>_heldout_loss` (Eq. 2) and `<model>_heldout_token_loss`.
+    Raises EvaluationError where the endpoint does not answer, lacks a model, or fails every case of a task.
+    """
+    cases: dict[str, list[EvalCase]] = {}
+    if config.needle is not None:
+        cases[needle_task.TASK] = needle_task.needle_cases(
+            config.needle, haystack=haystack, tokenizer=tokenizer, seed=seed
+        )
+    if config.heldout_loss:
+        cases[heldout_task.TASK] = heldout_task.heldout_cases(heldout)
+    for task in [task for task, of_task in cases.items() if not of_task]:
+        logger.warning("evaluate: %s has no case and is left out", task)
+        del cases[task]
+    return asyncio.run(_evaluate(config, run_dir, base_url, cases))
+
+
+async def _evaluate(
+    config: EvaluateConfig, run_dir: RunDir, base_url: str, cases: dict[str, list[EvalCase]]
+) -> tuple[dict[str, Any], dict[str, int]]:
+    async with Endpoint(
+        base_url,
+        timeout_seconds=config.request_timeout_seconds,
+        max_attempts=config.max_attempts,
+        concurrency=config.concurrency,
+    ) as endpoint:
+        await endpoint.check_models(config.models)
+        for stale in run_dir.scores.glob("*.json"):
+            stale.unlink()
+        sheets = [
+            _open_sheet(config, run_dir, task, model, of_task)
+            for task, of_task in cases.items()
+            for model in config.models
+        ]
+        resumed = sum(len(sheet.predictions.found) for sheet in sheets)
+        try:
+            await _ask_all(endpoint, sheets, concurrency=config.concurrency)
+        finally:
+            for sheet in sheets:
+                sheet.predictions.close()
+    counts: dict[str, Any] = {
+        "cases": sum(len(sheet.cases) for sheet in sheets),
+        "answered": sum(len(sheet.predictions.found) for sheet in sheets),
+        "resumed": resumed,
+        "retries": endpoint.num_retries,
+    }
+    for sheet in sheets:
+        counts |= _score(run_dir, sheet)
+    return counts, dict(sum((sheet.failed for sheet in sheets), Counter()))
+
+
+def _open_sheet(config: EvaluateConfig, run_dir: RunDir, task: str, model: str, cases: list[EvalCase]) -> _Sheet:
+    """Digests tie an answer to request, model name, endpoint and exported weights: a retrained model is asked anew."""
+    export = run_dir.manifest("export")
+    weights = export.read_text(encoding="utf-8") if export.exists() else ""
+    digests = {case.case_id: digest(config.endpoint, weights, model, case.path, case.request) for case in cases}
+    path = run_dir.predictions / f"{file_stem(task, model)}.jsonl"
+    return _Sheet(task, model, cases, digests, PredictionFile(path, digests))
+
+
+async def _ask_all(endpoint: Endpoint, sheets: Sequence[_Sheet], *, concurrency: int) -> None:
+    """Every unanswered case of every sheet, at most `concurrency` at a time."""
+    jobs = list(_interleave([(sheet, case) for case in sheet.unanswered()] for sheet in sheets))
+    pending = iter(jobs)
+    done = 0
+    with progress("evaluate", len(jobs)) as bar:
+
+        async def worker() -> None:
+            nonlocal done
+            for sheet, case in pending:  # the workers share one iterator
+                await _ask(endpoint, sheet, case)
+                done += 1
+                num_failed = sum(sheet.failed.total() for sheet in sheets)
+                bar.advance(done, f"{num_failed} failed" if num_failed else "")
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(concurrency, len(jobs))):
+                group.create_task(worker())
+
+
+async def _ask(endpoint: Endpoint, sheet: _Sheet, case: EvalCase) -> None:
+    try:
+        answer = await endpoint.post(case.path, {"model": sheet.model, **case.request})
+        prediction = _read_answer(case, answer)
+    except (RequestFailed, AnswerError) as failure:
+        if failure.reason not in sheet.failed:
+            logger.warning(
+                "%s of %s: case %s failed: %s: %s", sheet.task, sheet.model, case.case_id, failure.reason, failure
+            )
+        sheet.failed[failure.reason] += 1
+        return
+    sheet.predictions.append(replace(prediction, request_digest=sheet.digests[case.case_id]))
+
+
+def _read_answer(case: EvalCase, answer: dict[str, Any]) -> Prediction:
+    try:
+        return BENCHMARKS[case.task].read_answer(case, answer)
+    except (KeyError, IndexError, TypeError) as error:
+        raise AnswerError("bad_answer", f"not the OpenAI form ({error!r}): {str(answer)[:200]}") from error
+
+
+def _interleave(lists: Iterable[Sequence[Any]]) -> Iterator[Any]:
+    """The first of each list, then the second of each, ...: all models are busy at the same time."""
+    lists = list(lists)
+    for number in range(max(map(len, lists), default=0)):
+        yield from (items[number] for items in lists if number < len(items))
+
+
+def _score(run_dir: RunDir, sheet: _Sheet) -> dict[str, float]:
+    """Writes the score file; returns the numbers for the manifest."""
+    if not sheet.predictions.found:
+        reasons = ", ".join(f"{reason} {number}" for reason, number in sheet.failed.most_common())
+        raise EvaluationError(
+            f"{sheet.task} of {sheet.model}: all {len(sheet.cases)} cases failed ({reasons}); see the warnings above, "
+            f"put the endpoint right and run `longalign evaluate` again: answered cases are kept"
+        )
+    score, details = BENCHMARKS[sheet.task].score(sheet.cases, sheet.predictions.found)
+    write_json(
+        run_dir.scores / f"{file_stem(sheet.task, sheet.model)}.json",
+        {"model": sheet.model, **asdict(score), "failed_by_reason": dict(sheet.failed), **details},
+    )
+    numbers = {f"{sheet.model}_{score.metric}": score.value}
+    if sheet.task == needle_task.TASK:
+        numbers[f"{sheet.model}_needle_exact"] = details["exact"]
+    if sheet.task == heldout_task.TASK:
+        numbers[f"{sheet.model}_heldout_token_loss"] = details["token_loss"]
+    return numbers

@@ -1,0 +1,79 @@
+"""What every benchmark is made of: cases to ask, predictions that came back, and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class EvalCase:
+    """One request of a benchmark.
+
+    `path` and `request` are what is posted below the endpoint's base URL, less the model's name; `reference` is what
+    the scorer needs. Cases with the same `document` share a prompt prefix; `num_tokens` is the length of the prompt.
+    """
+
+    case_id: str
+    task: str
+    path: str
+    request: dict[str, Any]
+    reference: Any
+    document: str
+    num_tokens: int
+    attributes: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the endpoint answered to a case; `values` holds numbers read from the answer (a loss, a token count).
+
+    `request_digest` ties it to the request and model that it answers, so that a later run knows whether it still holds.
+    """
+
+    case_id: str
+    text: str
+    finish_reason: str
+    values: dict[str, float] = field(default_factory=dict)
+    request_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScore:
+    """A metric over the answered cases of a task; `by_group` splits it, for instance by length."""
+
+    task: str
+    metric: str
+    value: float
+    num_cases: int
+    by_group: dict[str, float]
+
+
+class AnswerError(ValueError):
+    """An answer that came back but holds nothing to score; `reason` is the short name under which it is counted."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+
+
+def in_asking_order(cases: Iterable[EvalCase]) -> list[EvalCase]:
+    """Cases with those of one document side by side, the longest document first.
+
+    Long requests first leave no straggler at the end; neighbours of one document find its prefix in the engine's cache.
+    """
+    cases = list(cases)
+    longest: dict[str, int] = {}
+    for case in cases:
+        longest[case.document] = max(longest.get(case.document, 0), case.num_tokens)
+    return sorted(cases, key=lambda case: (-longest[case.document], case.document, -case.num_tokens))
+
+
+def mean_score(task: str, metric: str, values: Sequence[float], groups: Sequence[str]) -> TaskScore:
+    """Mean of `values`, whole and within each group; groups keep the order of their first appearance."""
+    members: dict[str, list[float]] = {}
+    for value, group in zip(values, groups, strict=True):
+        members.setdefault(group, []).append(value)
+    by_group = {group: sum(part) / len(part) for group, part in members.items()}
+    return TaskScore(task, metric, sum(values) / len(values), len(values), by_group)
