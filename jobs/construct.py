@@ -1,0 +1,13 @@
+"""Long instruction data from documents, as a Ray job.
+
+    ray job submit --working-dir . -- python jobs/construct.py RECIPE.yaml [section.key=value ...]
+
+On a cluster of several machines, run_dir is an absolute path on a file system that all of them mount.
+"""
+
+import sys
+
+from longalign_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["construct", *sys.argv[1:]]))

@@ -1,0 +1,13 @@
+"""Token store, plan and packed blocks of a corpus, as a Ray job.
+
+    ray job submit --working-dir . -- python jobs/prepare.py RECIPE.yaml [section.key=value ...]
+
+On a cluster of several machines, run_dir is an absolute path on a file system that all of them mount.
+"""
+
+import sys
+
+from longalign_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["prepare", *sys.argv[1:]]))
