@@ -62,15 +62,19 @@ def validation_error(problems: Sequence[Any]) -> ApiError:
     first = problems[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']} (character {first['loc'][1]})")
+    if first["type"] == "value_error" and len(first["loc"]) == 1:
+        return ApiError(400, first["msg"].removeprefix("Value error, "))
     if len(first["loc"]) == 1:
         return ApiError(400, "the body must be a JSON object, sent with the header Content-Type: application/json")
-    messages = [f"{_path(problem['loc'])}: {problem['msg'].removeprefix('Value error, ')}" for problem in problems]
-    return ApiError(400, "; ".join(messages[:MAX_PROBLEMS]), param=_path(first["loc"]))
+    # A value that may have several types has a problem with each of them; the one that got furthest was meant.
+    placed = sorted(((_path(each["loc"]), each["msg"]) for each in problems), key=lambda pair: -pair[0].count("."))
+    messages = [f"{path}: {message.removeprefix('Value error, ')}" for path, message in placed[:MAX_PROBLEMS]]
+    return ApiError(400, "; ".join(messages), param=placed[0][0])
 
 
 def _path(loc: Sequence[str | int]) -> str:
     """`messages.0.content`: pydantic's place without `body` and without the names of the members of a union."""
-    return ".".join(str(part) for part in loc[1:] if isinstance(part, int) or part in FIELDS) or "body"
+    return ".".join(str(part) for part in loc[1:] if isinstance(part, int) or part in FIELDS)
 
 
 def _response(error: ApiError, *, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -1,10 +1,11 @@
-"""Ray Serve glue: one application, with the HTTP layer in an ingress replica and each model in a deployment of its own."""
+"""Ray Serve glue: one application, the HTTP layer in an ingress replica and each model in a deployment of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
+import re
 import signal
 import socket
 import threading
@@ -133,11 +134,9 @@ class Ingress:
 
 async def _ready(names: list[str]) -> dict[str, bool]:
     """Whether each model has a running replica, as Serve's controller sees it."""
-    from ray.serve.schema import ReplicaState
-
     deployments = (await asyncio.to_thread(serve.status)).applications[APP_NAME].deployments
     return {
-        name: name in deployments and deployments[name].replica_states.get(ReplicaState.RUNNING, 0) > 0
+        name: name in deployments and any(state == "RUNNING" for state in deployments[name].replica_states)
         for name in names
     }
 
@@ -223,8 +222,17 @@ def serve_forever(models: Mapping[str, Path], config: ServeConfig, *, chat_templ
 
 
 def _cause(application: Any) -> str:
-    print(application)
-    return str(application)
+    """What Serve says of each deployment that is not up: of a traceback, the error at its end."""
+    causes = []
+    for name, deployment in application.deployments.items():
+        if deployment.status == "HEALTHY":
+            continue
+        lines = deployment.message.strip().splitlines()
+        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
+        text = errors[-1].removeprefix("longalign_ray.errors.") if errors else " ".join(lines)
+        if text:
+            causes.append(f"{name}: {text}")
+    return "; ".join(causes) or application.message or f"its state is {application.status}"
 
 
 def _check_port(host: str, port: int) -> None:
