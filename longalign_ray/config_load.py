@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,6 +16,9 @@ from longalign_ray.config import RunConfig
 from longalign_ray.errors import ConfigError
 
 KeyPath = tuple[str, ...]
+
+# For the kinds of error whose message in pydantic speaks of Python types.
+REMEDIES = {"tuple_type": "give a list, e.g. [a, b]", "model_type": "give a section, e.g. {key: value}"}
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -26,11 +31,13 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the recipe {path}: {error.strerror}; give the path of a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text file in UTF-8; give the path of a YAML file") from error
     problems: list[str] = []
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date but is none
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(
@@ -39,13 +46,12 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     places: dict[KeyPath, str] = {}
     if node is not None:
         _collect_places(node, (), path.name, places, problems)
+    for name in [name for name, value in tree.items() if value is None and _fields_at((str(name),))]:
+        del tree[name]  # a section all of whose settings are commented out
     for override in overrides:
         _apply_override(tree, override, places, problems)
-    try:
-        config = RunConfig.model_validate(tree)
-    except ValidationError as error:
-        problems += [_describe(detail, places) for detail in error.errors()]
-        config = None
+    config, wrong = _validate(tree, places)
+    problems += wrong
     if problems or config is None:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"{len(problems)} problem(s) in the recipe {path}:\n{listing}")
@@ -55,6 +61,42 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """YAML of the resolved config; reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _validate(tree: dict[str, Any], places: dict[KeyPath, str]) -> tuple[RunConfig | None, list[str]]:
+    """The config, or all problems.
+
+    pydantic looks at the rules across fields only once every field is right. So that those are reported in the same
+    go, what was wrong is left out and the rest is validated again; a rule that names a setting left out says nothing.
+    """
+    try:
+        return RunConfig.model_validate(tree), []
+    except ValidationError as error:
+        details = error.errors()
+    problems = [_describe(detail, places) for detail in details]
+    rest = copy.deepcopy(tree)
+    left_out = [_remove(rest, detail["loc"]) for detail in details if detail["loc"]]
+    rest.setdefault("run_dir", "runs/x")
+    try:
+        RunConfig.model_validate(rest)
+    except ValidationError as error:
+        for detail in error.errors():
+            problem, named = _describe(detail, places), re.findall(r"[a-z_]+(?:\.[a-z_]+)+", detail["msg"])
+            if problem not in problems and not any(f"{n}.".startswith(f"{gone}.") for n in named for gone in left_out):
+                problems.append(problem)
+    return None, problems
+
+
+def _remove(tree: Any, location: tuple[int | str, ...]) -> str:
+    """Takes the setting at `location` out of `tree`, a whole list for its element; returns its dotted name."""
+    keys = [part for part in location if isinstance(part, str)]
+    for key in keys[:-1]:
+        tree = tree.get(key)
+        if not isinstance(tree, dict):
+            break
+    else:
+        tree.pop(keys[-1], None)
+    return ".".join(keys)
 
 
 def _collect_places(
@@ -80,15 +122,18 @@ def _apply_override(tree: dict[str, Any], override: str, places: dict[KeyPath, s
         return
     try:
         value = yaml.safe_load(raw)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         problems.append(f"override {override!r}: {raw!r} is not a YAML value; quote it")
         return
     branch = tree
-    for part in keys[:-1]:
+    for depth, part in enumerate(keys[:-1], start=1):
         if not isinstance(branch.get(part), dict):
             branch[part] = {}
+            places.pop(keys[:depth], None)
         branch = branch[part]
     branch[keys[-1]] = value
+    for replaced in [path for path in places if path[: len(keys)] == keys]:
+        del places[replaced]
     places[keys] = f"override {override}"
 
 
@@ -98,7 +143,8 @@ def _describe(detail: Any, places: dict[KeyPath, str]) -> str:
     if detail["type"] == "value_error":  # a rule across fields; its message starts with the full name of one
         name = message.split(" ", 1)[0]
         return message + (f" ({places[tuple(name.split('.'))]})" if tuple(name.split(".")) in places else "")
-    known = next((keys[:end] for end in range(len(keys), 0, -1) if keys[:end] in places), None)
+    around = [keys[:end] for end in range(len(keys), 0, -1)] + [path for path in places if path[: len(keys)] == keys]
+    known = next((path for path in around if path in places), None)
     place = f" ({places[known]})" if known else ""
     name = ".".join(keys)
     if detail["type"] == "extra_forbidden":
@@ -107,13 +153,20 @@ def _describe(detail: Any, places: dict[KeyPath, str]) -> str:
         return f"{name} is not a known key: {hint}{place}"
     if detail["type"] == "missing":
         return f"{name} is missing: add it to the recipe or give {name}=VALUE"
-    return f"{name} = {detail['input']!r}: {message[0].lower()}{message[1:]}{place}"
+    message = REMEDIES.get(detail["type"]) or message[0].lower() + message[1:]
+    return f"{name} = {detail['input']!r}: {message}{place}"
 
 
 def _fields_at(keys: KeyPath) -> list[str]:
-    section: Any = RunConfig
+    """Names of the settings of a section; none where `keys` does not lead to one."""
+    section: type[BaseModel] | None = RunConfig
     for key in keys:
-        if not (isinstance(section, type) and issubclass(section, BaseModel) and key in section.model_fields):
-            return []
-        section = section.model_fields[key].annotation
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+        field = section.model_fields.get(key) if section else None
+        section = _section_type(field.annotation) if field else None
+    return list(section.model_fields) if section else []
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    """The section class of `Section` or `Section | None`."""
+    candidates = get_args(annotation) or (annotation,)
+    return next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longalign_ray.config import RunConfig
+from longalign_ray.config_load import dump_config, load_config
+from longalign_ray.errors import ConfigError
+
+RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yaml"))
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems(recipe: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, overrides)
+    first, *listed = str(caught.value).splitlines()
+    assert first == f"{len(listed)} problem(s) in the recipe {recipe}:"
+    return [line.removeprefix("  - ") for line in listed]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_load_and_read_back_equal(recipe: Path, tmp_path: Path) -> None:
+    config = load_config(recipe)
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_recipes_name_files_that_exist() -> None:
+    templates = [template for path in RECIPES if (template := load_config(path).model.chat_template)]
+    assert templates
+    assert all((Path(__file__).parents[2] / template).is_file() for template in templates)
+
+
+def test_defaults_and_overrides(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "run_dir: runs/a\ntrain:\n  epochs: 3\n")
+    config = load_config(
+        recipe, ["train.learning_rate=1e-4", "corpus.paths=[a.jsonl, b.jsonl]", "evaluate.needle=null", "run_dir=b=c"]
+    )
+    assert (config.train.epochs, config.train.learning_rate) == (3, 1e-4)
+    assert config.corpus.paths == ("a.jsonl", "b.jsonl")
+    assert config.evaluate.needle is None
+    assert config.run_dir == "b=c"  # only the first `=` divides
+    assert config.packing == RunConfig(run_dir="x").packing
+
+
+def test_a_section_with_every_setting_commented_out_is_the_default(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "run_dir: a\ntrain:\n  # epochs: 3\nserve:\n"))
+    assert config == RunConfig(run_dir="a")
+
+
+def test_all_problems_come_together_with_place_and_remedy(tmp_path: Path) -> None:
+    recipe = write(
+        tmp_path,
+        """\
+train:
+  num_workes: 3
+  zero_stage: 7
+  epochs: 1
+  epochs: 2
+packing:
+  capacity: 1024
+evaluate:
+  needle:
+    lenghts: [512]
+    depths: [10, 200]
+construct:
+  min_chars: 10
+  max_chars: 5
+""",
+    )
+    found = problems(recipe, "train.learning_rate=fast", "seed", "zzz=1")
+    assert found == [
+        "train.epochs is given twice (recipe.yaml, line 4 and recipe.yaml, line 5): remove one",
+        "override 'seed' is not of the form section.key=value",
+        "run_dir is missing: add it to the recipe or give run_dir=VALUE",
+        "construct.min_chars = 10 is above construct.max_chars = 5: lower min_chars or raise max_chars"
+        " (recipe.yaml, line 13)",
+        "train.zero_stage = 7: input should be 0, 1, 2 or 3 (recipe.yaml, line 3)",
+        "train.learning_rate = 'fast': input should be a valid number, unable to parse string as a number"
+        " (override train.learning_rate=fast)",
+        "train.num_workes is not a known key: did you mean 'num_workers'? (recipe.yaml, line 2)",
+        "evaluate.needle.depths.1 = 200: input should be less than or equal to 100 (recipe.yaml, line 11)",
+        "evaluate.needle.lenghts is not a known key: did you mean 'lengths'? (recipe.yaml, line 10)",
+        "zzz is not a known key: known keys: " + ", ".join(RunConfig.model_fields) + " (override zzz=1)",
+        "packing.capacity = 1024 is below data.max_length = 4096: raise packing.capacity or set data.max_length <= 1024"
+        " (recipe.yaml, line 7)",
+    ]
+
+
+def test_a_rule_across_fields_is_reported_once_and_not_about_a_wrong_field(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "run_dir: a\npacking: {capacity: 1024}\n")
+    assert len(problems(recipe)) == 1
+    [only] = problems(recipe, "data.max_length=long")
+    assert only.startswith("data.max_length = 'long': input should be a valid integer")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train", "override 'train' is not of the form section.key=value"),
+        ("=1", "override '=1' is not of the form section.key=value"),
+        ("a..b=1", "override 'a..b=1' is not of the form section.key=value"),
+        ("corpus.paths=[*.jsonl]", "override 'corpus.paths=[*.jsonl]': '[*.jsonl]' is not a YAML value; quote it"),
+        ("run_dir=2024-13-45", "override 'run_dir=2024-13-45': '2024-13-45' is not a YAML value; quote it"),
+        ("corpus.paths=a", "corpus.paths = 'a': give a list, e.g. [a, b] (override corpus.paths=a)"),
+        ("serve=4", "serve = 4: give a section, e.g. {key: value} (override serve=4)"),
+        ("train={epochs: 0}", "train.epochs = 0: input should be greater than 0 (override train={epochs: 0})"),
+        ("model.path.x=1", "model.path = {'x': 1}: input should be a valid string (override model.path.x=1)"),
+    ],
+)
+def test_bad_override(tmp_path: Path, override: str, message: str) -> None:
+    recipe = write(tmp_path, "run_dir: a\ntrain:\n  epochs: 2\nmodel:\n  path: b\n")
+    assert problems(recipe, override) == [message]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [1", "is not valid YAML"),
+        (b"run_dir: 2024-13-45", "is not valid YAML"),
+        (b"- 1\n- 2\n", "holds a list; a recipe is a mapping of sections"),
+        (b"\xff\xfe\x00", "is not a text file in UTF-8"),
+        (b"", "run_dir is missing"),
+    ],
+)
+def test_unreadable_recipe(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_missing_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(tmp_path)
+
+
+def test_every_setting_has_help() -> None:
+    def bare(section: type, prefix: str = "") -> list[str]:
+        names = []
+        for name, field in section.model_fields.items():  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(field.default, type(None)) or not hasattr(field.default, "model_fields"):
+                names += [] if field.description else [prefix + name]
+            else:
+                names += bare(type(field.default), f"{prefix}{name}.")
+        return names
+
+    assert bare(RunConfig) == []
