@@ -1,8 +1,9 @@
-"""`longalign STAGE RECIPE.yaml [section.key=value ...]`: one subcommand a stage. Exit 0 done, 1 failed, 2 bad config."""
+"""`longalign STAGE RECIPE.yaml [section.key=value ...]`: a subcommand a stage. Exit 0 done, 1 failed, 2 bad config."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from longalign_ray.errors import LongAlignError
 from longalign_ray.logs import configure_logging
 
 logger = logging.getLogger(__name__)
+
+RUN_DIR_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 HELP = {
     "run": "all stages in order, skipping those that are done",
@@ -33,15 +36,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except LongAlignError as error:
-        logger.error("%s", error)
+        # Ray adds the traceback of its worker to the message; the error itself is then the cause.
+        logger.error("%s", cause if isinstance(cause := getattr(error, "cause", None), LongAlignError) else error)
         return error.exit_code
     except OSError as error:  # disk full, permission denied: the path and the reason are all that a user needs
-        logger.error("%s: %s; free some space or choose another run_dir", error.filename or "I/O", error.strerror)
+        remedy = "; free some space or choose another run_dir" if error.errno in RUN_DIR_ERRNOS else ""
+        logger.error("%s: %s%s", error.filename or type(error).__name__, error.strerror or error, remedy)
         logger.debug("traceback", exc_info=True)
         return 1
     except KeyboardInterrupt:
         logger.error("interrupted; the same command continues where it stopped")
         return 130
+    except Exception as error:  # a traceback is never the last word
+        logger.exception("traceback:")
+        logger.error("`%s` failed with %s: %s", arguments.command, type(error).__name__, error)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,9 +105,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.recipe, arguments.overrides) if arguments.recipe else None
     checks = run_checks(config)
     for check in checks:
-        print(
-            f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<22} {check.detail}{'' if check.ok else ': ' + check.remedy}"
-        )
+        remedy = "" if check.ok else f": {check.remedy}"
+        print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<12} {check.detail}{remedy}")
     return 0 if all(check.ok for check in checks) else 1
 
 

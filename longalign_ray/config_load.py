@@ -143,8 +143,9 @@ def _describe(detail: Any, places: dict[KeyPath, str]) -> str:
     if detail["type"] == "value_error":  # a rule across fields; its message starts with the full name of one
         name = message.split(" ", 1)[0]
         return message + (f" ({places[tuple(name.split('.'))]})" if tuple(name.split(".")) in places else "")
-    around = [keys[:end] for end in range(len(keys), 0, -1)] + [path for path in places if path[: len(keys)] == keys]
-    known = next((path for path in around if path in places), None)
+    parts = [path for path in places if path[: len(keys)] == keys]
+    wholes = [keys[:end] for end in range(len(keys) - 1, 0, -1)]
+    known = next((path for path in (keys, *parts, *wholes) if path in places), None)
     place = f" ({places[known]})" if known else ""
     name = ".".join(keys)
     if detail["type"] == "extra_forbidden":

@@ -85,7 +85,9 @@ class MetricsWriter:
     def __init__(self, path: Path, *, first_step: int = 0):
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(path) if row["step"] < first_step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary = path.with_suffix(".tmp")  # a writer killed here leaves the old file whole
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:

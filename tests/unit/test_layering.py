@@ -1,4 +1,4 @@
-"""The layers of the package: a file imports only its own layer and those below, and heavy packages stay where they belong."""
+"""A file imports its own layer and those below, and heavy packages stay where they belong."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ LAYERS = {
     "serve": 5,
     "evaluate.judge": 5,
     "model_source": 5,
+    "precision": 4,
     "construct.pipeline": 6,
     "data.pipeline": 6,
     "train.ray_train": 6,
@@ -46,7 +47,7 @@ LAYERS = {
 GLUE = ("construct.pipeline", "data.pipeline", "train.ray_train", "serve.app", "evaluate.runner", "evaluate.report")
 ALLOWED = {  # heavy package -> the only modules that may import it, even inside a function
     "ray": (*GLUE, "cli", "doctor", "stages"),
-    "torch": ("train", "serve.engine", "serve.generate", "serve.transformers_engine", "model_source"),
+    "torch": ("train", "serve.engine", "serve.generate", "serve.transformers_engine", "model_source", "precision"),
     "deepspeed": ("train",),
     "vllm": ("serve",),
 }
@@ -54,8 +55,10 @@ ALLOWED = {  # heavy package -> the only modules that may import it, even inside
 
 def layer(module: str) -> int:
     """Layer of a dotted name below longalign_ray; a file without an entry has that of its package."""
-    names = [module, module.split(".")[0]]
-    return next(LAYERS[name] for name in names if name in LAYERS)
+    for name in (module, module.split(".")[0]):
+        if name in LAYERS:
+            return LAYERS[name]
+    raise AssertionError(f"{module} has no layer yet: give it one in LAYERS")
 
 
 def module_name(path: Path) -> str:
