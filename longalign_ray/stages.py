@@ -134,7 +134,8 @@ def export(config: RunConfig, run_dir: RunDir) -> Manifest:
     def work() -> Manifest:
         checkpoint = newest_checkpoint(run_dir.checkpoints)
         base = local_model_dir(config.model.path)
-        num_parameters = export_model(checkpoint, base, run_dir.model, dtype=config.model.dtype)
+        dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
+        num_parameters = export_model(checkpoint, base, run_dir.model, dtype=dtype)
         counts = {"parameters": num_parameters}
         return _manifest(config, run_dir, "export", [checkpoint], [run_dir.model], counts, {})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -133,7 +134,7 @@ class StepPlan:
                 cost=cost,
                 sp_degree=sp_degree,
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise PlanMismatchError(f"{path} is no step plan ({error}); run `longalign prepare`") from error
         if plan.digest != digest:
             raise PlanMismatchError(f"{path} was altered after it was written; run `longalign prepare` again")

@@ -28,7 +28,10 @@ def load_tokenizer(model_dir: str | Path, *, chat_template: str | None = None) -
     if not tokenizer.is_fast:
         raise ModelError(f"{model_dir} has no fast tokenizer, and offsets need one; add its tokenizer.json")
     if chat_template is not None:
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ModelError(f"model.chat_template = {chat_template} cannot be read ({error.strerror})") from error
     if not tokenizer.chat_template:
         raise ModelError(f"the tokenizer of {model_dir} has no chat template; name one with model.chat_template=FILE")
     return tokenizer

@@ -76,7 +76,7 @@ def export_model(checkpoint_dir: Path, base_model_dir: Path, output_dir: Path, *
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from longalign_ray.train.model import DTYPES
+    from longalign_ray.precision import DTYPES
 
     if TrainState.load(checkpoint_dir).zero_stage > 0:
         weights: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint_dir), tag=TAG) or {}

@@ -14,10 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from longalign_ray.errors import ModelError
+from longalign_ray.precision import DTYPES
 from longalign_ray.train import attention
 from longalign_ray.train.batch import PackedBatch
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 LOGIT_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # applied after lm_head by some families

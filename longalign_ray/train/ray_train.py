@@ -81,6 +81,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     import torch
 
     from longalign_ray.data.packed import PackReader
+    from longalign_ray.precision import resolve_dtype
     from longalign_ray.train.checkpoint import TrainState
     from longalign_ray.train.engine import TrainEngine, quiet_deepspeed
     from longalign_ray.train.loop import StepMetrics, train_loop
@@ -89,6 +90,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     quiet_deepspeed()
     config = TrainConfig(**settings["train"])
+    dtype = resolve_dtype(settings["dtype"], use_gpu=config.use_gpu)
     context = ray.train.get_context()
     world_size = context.get_world_size()
     if not config.use_gpu:
@@ -97,12 +99,12 @@ def _train_worker(settings: dict[str, Any]) -> None:
     packs = PackReader(plan, store_dir=Path(settings["store"]), packed_dir=Path(settings["packed"]))
     model = load_for_training(
         settings["model_dir"],
-        dtype=settings["dtype"],
+        dtype=dtype,
         gradient_checkpointing=config.gradient_checkpointing,
         head_chunk=config.head_chunk,
     )
     vocab_size = int(model.model.config.vocab_size)  # pyright: ignore
-    engine = TrainEngine(model, config, dtype=settings["dtype"], micro_steps=plan.shape[1])
+    engine = TrainEngine(model, config, dtype=dtype, micro_steps=plan.shape[1])
     verify_isolation(engine.module, vocab_size=vocab_size, device=engine.device)
 
     first_step = tokens_seen = 0

@@ -1,0 +1,143 @@
+"""Examples come back bit for bit, from the store by row and from packed blocks by slot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longalign_ray.data.cost import SequenceCost
+from longalign_ray.data.packed import PackReader, num_packed_files, write_layout, write_packed_file
+from longalign_ray.data.plan import StepPlan, make_plan
+from longalign_ray.data.store import BatchFile, Example, ExampleIndex, Pack, TokenStore, part_name, write_examples
+from longalign_ray.errors import PackFormatError, PlanMismatchError
+
+
+def random_examples(number: int, *, seed: int = 0) -> list[Example]:
+    random = np.random.default_rng(seed)
+    return [
+        Example(f"example-{i}", random.integers(0, 2**31 - 1, n, dtype=np.int32), random.random(n) < 0.3)
+        for i, n in enumerate(random.integers(1, 40, number).tolist())
+    ]
+
+
+def write_store(directory: Path, parts: list[list[Example]]) -> TokenStore:
+    directory.mkdir()
+    for number, examples in enumerate(parts):
+        write_examples(directory / part_name(number), examples)
+    flat = [example for part in parts for example in part]
+    ExampleIndex(
+        example_id=np.array([example.example_id for example in flat], dtype=object),
+        length=np.array([example.length for example in flat], np.int32),
+        num_targets=np.array([example.num_targets for example in flat], np.int32),
+        file=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts]),
+        row=np.concatenate([np.arange(len(part), dtype=np.int32) for part in parts]),
+        heldout=np.zeros(len(flat), np.bool_),
+    ).save(directory / "index.parquet")
+    return TokenStore(directory)
+
+
+def assert_equal(one: Example, other: Example) -> None:
+    assert one.example_id == other.example_id
+    assert one.input_ids.dtype == np.int32
+    assert one.loss_mask.dtype == np.bool_
+    np.testing.assert_array_equal(one.input_ids, other.input_ids)
+    np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
+
+
+def test_rows_come_back_across_files_and_record_batches(tmp_path: Path) -> None:
+    examples = random_examples(2_500)
+    store = write_store(tmp_path / "store", [examples[:1_500], [], examples[1_500:]])
+    assert len(store.index) == 2_500
+    for row in [0, 1, 1_023, 1_024, 1_499, 1_500, 2_499]:
+        assert_equal(store.example(row), examples[row])
+
+
+def test_first_token_is_never_a_target() -> None:
+    assert Example("a", np.arange(3, dtype=np.int32), np.array([True, False, True])).num_targets == 1
+
+
+def test_pack_of_by_hand() -> None:
+    one = Example("a", np.array([1, 2, 3], np.int32), np.array([False, True, True]))
+    two = Example("b", np.array([4, 5], np.int32), np.array([False, True]))
+    pack = Pack.of([one, two])
+    assert pack.cu_seqlens.tolist() == [0, 3, 5]
+    assert pack.input_ids.tolist() == [1, 2, 3, 4, 5]
+    assert pack.loss_mask.tolist() == [False, True, True, False, True]
+    assert pack.example_ids == ("a", "b")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TokenStore:
+    examples = random_examples(60)
+    return write_store(tmp_path / "store", [examples[:20], examples[20:]])
+
+
+def plan_for(store: TokenStore, world_size: int) -> StepPlan:
+    return make_plan(
+        store.index,
+        planner="best_fit",
+        capacity=64,
+        packs_per_step=5,
+        world_size=world_size,
+        cost=SequenceCost(1.0, 0.1),
+        seed=0,
+    )
+
+
+def write_packed(store: TokenStore, plan: StepPlan, directory: Path, *, steps_per_file: int = 3) -> None:
+    directory.mkdir()
+    for number in range(num_packed_files(plan, steps_per_file)):
+        write_packed_file(store, plan, number, steps_per_file=steps_per_file, directory=directory)
+    write_layout(directory, plan, steps_per_file=steps_per_file)
+
+
+def test_packed_blocks_equal_the_store_in_every_slot(store: TokenStore, tmp_path: Path) -> None:
+    plan = plan_for(store, world_size=2)
+    write_packed(store, plan, tmp_path / "packed")
+    sorted_blocks = PackReader(plan, store_dir=store.directory, packed_dir=tmp_path / "packed")
+    gathered = PackReader(plan, store_dir=store.directory, packed_dir=tmp_path / "nowhere")
+    assert sorted_blocks.is_sequential
+    assert not gathered.is_sequential
+    seen = []
+    empty = 0
+    for step, micro_step, group in np.ndindex(*plan.shape):
+        one, other = sorted_blocks.pack(step, micro_step, group), gathered.pack(step, micro_step, group)
+        if one is None or other is None:
+            assert one is other
+            empty += 1
+            continue
+        assert one.example_ids == other.example_ids
+        np.testing.assert_array_equal(one.input_ids, other.input_ids)
+        np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
+        np.testing.assert_array_equal(one.cu_seqlens, other.cu_seqlens)
+        seen += one.example_ids
+    assert sorted(seen) == sorted(store.index.example_id)
+    assert empty >= plan.num_steps  # 5 packs in 3 x 2 slots
+
+
+def test_another_world_size_reads_row_by_row(store: TokenStore, tmp_path: Path) -> None:
+    write_packed(store, plan_for(store, world_size=2), tmp_path / "packed")
+    reader = PackReader(plan_for(store, world_size=4), store_dir=store.directory, packed_dir=tmp_path / "packed")
+    assert not reader.is_sequential
+    pack = reader.pack(0, 0, 3)
+    assert pack is not None
+    assert pack.example_ids == tuple(store.index.example_id[reader.plan.slot(0, 0, 3)])
+
+
+def test_missing_and_foreign_files_are_named(store: TokenStore, tmp_path: Path) -> None:
+    (store.directory / part_name(1)).unlink()
+    with pytest.raises(PackFormatError, match="part-00001"):
+        TokenStore(store.directory).example(30)
+    (tmp_path / "junk.arrow").write_bytes(b"junk")
+    with pytest.raises(PackFormatError, match=r"junk\.arrow"):
+        BatchFile(tmp_path / "junk.arrow")
+    with pytest.raises(PackFormatError, match="longalign prepare"):
+        TokenStore(tmp_path)
+
+
+def test_plan_of_another_store_is_refused(store: TokenStore, tmp_path: Path) -> None:
+    small = write_store(tmp_path / "small", [random_examples(5)])
+    with pytest.raises(PlanMismatchError, match="does not belong"):
+        PackReader(plan_for(store, 2), store_dir=small.directory, packed_dir=tmp_path / "packed")
