@@ -36,11 +36,15 @@ class EngineReplica:
     """One copy of a model. Serve replaces it when `check_health` raises."""
 
     def __init__(self, model_dir: str, config: ServeConfig, *, dtype: str):
+        from transformers.utils.logging import disable_progress_bar
+
+        from longalign_ray.precision import resolve_dtype
         from longalign_ray.serve.transformers_engine import TransformersEngine
 
+        disable_progress_bar()
         self._engine = TransformersEngine(
             model_dir,
-            dtype=dtype,
+            dtype=resolve_dtype(dtype, use_gpu=config.use_gpu),
             prefill_chunk=config.prefill_chunk,
             max_sequences=config.max_sequences,
             device="cuda" if config.use_gpu else "cpu",
@@ -80,8 +84,9 @@ class RemoteEngine:
                 yield event
         except (RayError, RayServeException) as error:
             raise self._named(error) from error
-        finally:
+        except (GeneratorExit, asyncio.CancelledError):  # the client has left
             events.cancel()
+            raise
 
     async def score(self, token_ids: Sequence[int], *, num_top: int = 0) -> PromptScore:
         return await self._call(self._handle.score.remote(list(token_ids), num_top))

@@ -202,14 +202,15 @@ class TransformersEngine:
 
 def load_model(model_dir: str | Path, *, dtype: str, device: str) -> Any:
     """A causal language model in eval mode. Raises ModelError where the directory does not hold one."""
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+
+    from longalign_ray.precision import DTYPES
 
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(model_dir),
-            dtype=getattr(torch, dtype),
+            dtype=DTYPES[dtype],
             attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,

@@ -1,0 +1,192 @@
+"""The Serve application over HTTP: the openai client, concurrent requests, refusals, overload, leaving clients."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+
+from longalign_ray.config import ServeConfig
+from longalign_ray.data.template import encode_prompt
+from longalign_ray.errors import ServingError
+from tests.tiny_model import write_tiny_model
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+MESSAGES: Any = [{"role": "user", "content": "What is long context?"}]
+ENDLESS: dict[str, Any] = {"temperature": 0, "max_tokens": 3_000}  # the tiny model repeats itself and never ends
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two models that differ in their weights."""
+    made = {}
+    for seed, name in enumerate(("base", "aligned")):
+        made[name] = write_tiny_model(tmp_path_factory.mktemp(name), seed=seed)
+    return made
+
+
+@pytest.fixture(scope="module")
+def base_url(models: dict[str, Path], local_ray: None) -> Iterator[str]:
+    from longalign_ray.serve.app import running_app
+
+    config = ServeConfig(
+        port=free_port(), max_ongoing_requests=2, max_queued_requests=8, max_sequences=2, max_prompt_tokens=500
+    )
+    with running_app(models, config, chat_template=None, dtype="float32") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(base_url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=base_url, api_key="unused", max_retries=0, timeout=120) as client:
+        yield client
+
+
+def greedy_text(model_dir: Path, num_tokens: int) -> str:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    prompt = torch.tensor([encode_prompt(tokenizer, MESSAGES)])
+    settings = {"max_new_tokens": num_tokens, "do_sample": False, "pad_token_id": 0}
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+    return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")
+
+
+def engine_stats(name: str) -> Any:
+    from ray import serve
+
+    handle: Any = serve.get_deployment_handle(name, "longalign")
+    return handle.stats.remote().result(timeout_s=60)
+
+
+def wait_until_idle(name: str) -> Any:
+    deadline = time.monotonic() + 30
+    while (stats := engine_stats(name)).active + stats.waiting:
+        assert time.monotonic() < deadline, stats
+        time.sleep(0.1)
+    return stats
+
+
+def test_health_and_models(base_url, client):
+    health = httpx.get(base_url.removesuffix("/v1") + "/health")
+    assert (health.status_code, health.json()["models"]) == (200, {"base": True, "aligned": True})
+    assert {model.id for model in client.models.list()} == {"base", "aligned"}
+    assert client.models.retrieve("base").id == "base"
+
+
+@pytest.mark.parametrize("name", ["base", "aligned"])
+def test_each_name_answers_with_its_own_model(client, models, name):
+    expected = greedy_text(models[name], 16)
+    settings: dict[str, Any] = {"model": name, "messages": MESSAGES, "max_tokens": 16, "temperature": 0}
+    whole = client.chat.completions.create(**settings)
+    assert whole.choices[0].message.content == expected
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage.completion_tokens == 16
+    chunks = list(client.chat.completions.create(**settings, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+    assert len(chunks) > 5
+
+
+def test_completion_scores_token_ids(client):
+    ids = list(range(60, 100))
+    choice = client.completions.create(model="base", prompt=ids, max_tokens=0, echo=True, logprobs=1).choices[0]
+    log_probs = choice.logprobs.token_logprobs
+    assert log_probs[0] is None
+    assert len(log_probs) == 40
+    assert all(-30 < log_prob < 0 for log_prob in log_probs[1:])
+
+
+def test_concurrent_requests_all_get_their_own_answer(base_url):
+    """Eight at a time, as many as the queue holds beside the two that are computed."""
+
+    async def ask_all() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as client:
+            answers = await asyncio.gather(
+                *(
+                    client.completions.create(model="aligned", prompt=f"{number} ", max_tokens=2, echo=True)
+                    for number in range(8)
+                )
+            )
+        return [answer.choices[0].text for answer in answers]
+
+    texts = asyncio.run(ask_all())
+    assert [text.split(" ")[0] for text in texts] == [str(number) for number in range(8)]
+
+
+def test_refusals_come_in_openai_shape(client, base_url):
+    with pytest.raises(openai.NotFoundError) as unknown:
+        client.chat.completions.create(model="gpt", messages=MESSAGES)
+    assert unknown.value.param == "model"
+    with pytest.raises(openai.BadRequestError, match=r"max_prompt_tokens is 500"):
+        client.completions.create(model="base", prompt="x" * 501)
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.chat.completions.create(model="base", messages=MESSAGES, temperature=-1)
+    headers = {"Content-Type": "application/json"}
+    broken = httpx.post(f"{base_url}/chat/completions", content='{"model": ', headers=headers)
+    assert broken.status_code == 400
+    assert "not valid JSON" in broken.json()["error"]["message"]
+
+
+def test_leaving_clients_free_the_replica(client):
+    before = wait_until_idle("base").cancelled
+    stream = client.chat.completions.create(model="base", messages=MESSAGES, stream=True, **ENDLESS)
+    next(iter(stream))
+    stream.close()
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=1.0).chat.completions.create(model="base", messages=MESSAGES, **ENDLESS)
+    assert wait_until_idle("base").cancelled == before + 2
+
+
+def test_overload_is_429_with_retry_after(base_url):
+    """2 computed + 8 waiting: of 30 endless requests at once some are refused, in the client's own error type."""
+
+    async def flood() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as client:
+            asked = [
+                asyncio.ensure_future(client.chat.completions.create(model="base", messages=MESSAGES, **ENDLESS))
+                for _ in range(30)
+            ]
+            deadline = time.monotonic() + 30
+            while sum(task.done() for task in asked) < 15 and time.monotonic() < deadline:
+                await asyncio.sleep(0.1)
+            for task in asked:
+                task.cancel()
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+    outcomes = asyncio.run(flood())
+    refused = [outcome for outcome in outcomes if isinstance(outcome, openai.RateLimitError)]
+    assert len(refused) >= 15
+    assert int(refused[0].response.headers["retry-after"]) > 0
+    assert refused[0].type == "rate_limit_error"
+    unexpected = [each for each in outcomes if not isinstance(each, openai.RateLimitError | asyncio.CancelledError)]
+    assert all(hasattr(each, "choices") for each in unexpected), unexpected  # answered in time, or refused, never lost
+    wait_until_idle("base")
+
+
+def test_second_application_is_refused(base_url, models):
+    from longalign_ray.serve.app import running_app
+
+    taken = int(base_url.split(":")[2].split("/")[0])
+    for port, words in ((taken, f"serve.port = {taken} cannot be bound"), (free_port(), "already runs")):
+        with (
+            pytest.raises(ServingError, match=words),
+            running_app(models, ServeConfig(port=port), chat_template=None, dtype="float32"),
+        ):
+            pass
+    assert httpx.get(base_url.removesuffix("/v1") + "/health").status_code == 200

@@ -1,0 +1,91 @@
+"""Starting and stopping the Serve application: a taken port, a model that does not load, SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from longalign_ray.config import ServeConfig
+from longalign_ray.errors import ServingError
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_port_in_use_is_named_before_anything_starts(tiny_model_dir: Path) -> None:
+    from ray import serve
+
+    from longalign_ray.serve.app import running_app
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(ServingError, match=rf"serve.port = {port} cannot be bound .*serve.port=PORT"),
+            running_app({"base": tiny_model_dir}, ServeConfig(port=port), chat_template=None, dtype="float32"),
+        ):
+            pass
+    assert not serve.status().proxies
+
+
+def test_model_that_does_not_load_is_named_and_serve_is_shut_down(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from ray import serve
+
+    from longalign_ray.serve.app import running_app
+
+    broken = shutil.copytree(tiny_model_dir, tmp_path / "broken")
+    (broken / "model.safetensors").unlink()
+    config = ServeConfig(port=free_port(), start_timeout_seconds=120)
+    started = time.monotonic()
+    with (
+        pytest.raises(ServingError, match=r"broken: ModelError: .*broken cannot be loaded for serving"),
+        running_app({"broken": broken}, config, chat_template=None, dtype="float32"),
+    ):
+        pass
+    assert time.monotonic() - started < 100
+    assert not serve.status().proxies
+
+
+def test_serve_forever_ends_with_sigterm(tiny_model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from longalign_ray.serve.app import serve_forever
+
+    caplog.set_level("INFO", logger="longalign_ray")
+    config = ServeConfig(port=free_port())
+    health = f"http://127.0.0.1:{config.port}/health"
+    seen: list[int] = []
+
+    def end_when_ready() -> None:
+        deadline = time.monotonic() + 120
+        while not seen and time.monotonic() < deadline:
+            time.sleep(0.5)
+            try:
+                if httpx.get(health, timeout=5).status_code == 200:
+                    seen.append(200)
+            except httpx.HTTPError:
+                continue
+        while "curl" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=end_when_ready)
+    watcher.start()
+    serve_forever({"base": tiny_model_dir}, config, chat_template=None, dtype="float32")
+    watcher.join()
+    assert seen == [200]
+    assert f"http://127.0.0.1:{config.port}/v1/chat/completions" in caplog.text
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(health)
