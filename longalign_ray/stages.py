@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -17,7 +18,7 @@ from typing import Any
 
 from longalign_ray.config import RunConfig
 from longalign_ray.config_load import dump_config, load_config
-from longalign_ray.errors import CorpusError, LongAlignError
+from longalign_ray.errors import ConfigError, CorpusError, LongAlignError
 from longalign_ray.model_source import local_model_dir
 from longalign_ray.run_dir import STAGES, Manifest, RunDir, digest
 
@@ -30,6 +31,11 @@ def open_run(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConf
     """Loads the recipe, makes its run directory and saves the resolved config there."""
     config = load_config(recipe, overrides)
     run_dir = RunDir(Path(config.run_dir))
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not run_dir.root.is_absolute():
+        raise ConfigError(
+            f"run_dir = {config.run_dir} is relative, and a Ray job runs in a copy of its working directory that goes "
+            "with the cluster: give an absolute path that all machines share, run_dir=/shared/runs/NAME"
+        )
     try:
         run_dir.root.mkdir(parents=True, exist_ok=True)
         run_dir.config.write_text(dump_config(config), encoding="utf-8")
@@ -56,10 +62,25 @@ def connect_ray(config: RunConfig) -> None:
     }
     if config.ray.address is None and "RAY_ADDRESS" not in os.environ:
         settings |= {"num_cpus": config.ray.num_cpus, "include_dashboard": False}
+    _check_answers(config.ray.address or os.environ.get("RAY_ADDRESS", ""))
     ray.init(**settings)
     import ray.data  # its loggers are set up on import, with a line for every execution
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would try a dead `host:port` for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise LongAlignError(
+            f"no Ray cluster answers at {address} ({error.strerror or error}): start it, or correct ray.address or the "
+            "environment variable RAY_ADDRESS"
+        ) from error
 
 
 def construct(config: RunConfig, run_dir: RunDir) -> Manifest:

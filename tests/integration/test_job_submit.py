@@ -120,7 +120,7 @@ def end(head: subprocess.Popen[bytes]) -> None:
     head.wait(timeout=30)
 
 
-def write_corpus(path: Path, *, num_conversations: int = 30) -> None:
+def write_corpus(path: Path, *, num_conversations: int = 60) -> None:
     """Short conversations of one or two turns, each about its own number."""
     with path.open("w", encoding="utf-8") as file:
         for number in range(num_conversations):

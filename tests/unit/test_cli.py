@@ -138,6 +138,28 @@ def test_a_stage_before_its_turn_says_which_comes_first(recipe: Path, capsys: py
     assert "run `longalign prepare` first" in err
 
 
+def test_a_job_with_a_relative_run_dir_is_refused(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_stage(monkeypatch, None)
+    monkeypatch.chdir(recipe.parent)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    code, _, err = run(capsys, "prepare", recipe, "run_dir=runs/a")
+    assert code == 2
+    assert "run_dir = runs/a is relative" in err
+    assert not (recipe.parent / "runs").exists()
+    assert run(capsys, "prepare", recipe)[0] == 0
+
+
+def test_a_cluster_that_does_not_answer_is_named_at_once(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.init", lambda **settings: pytest.fail("ray.init would wait for minutes"))
+    code, _, err = run(capsys, "construct", recipe, "ray.address=127.0.0.1:1")
+    assert code == 1
+    assert "no Ray cluster answers at 127.0.0.1:1" in err
+
+
 def test_every_subcommand_but_plan_and_doctor_is_a_stage() -> None:
     assert all(callable(getattr(stages, name)) for name in set(HELP) - {"doctor", "plan"})
     assert callable(stages.describe_plan)
