@@ -30,7 +30,7 @@ class PackedBatch:
     """int64[N], N >= 1: a pack without targets scores its first position with weight 0."""
     labels_N: torch.Tensor
     weights_N: torch.Tensor
-    """float32[N]."""
+    """float64[N]; the model rounds them to the precision of its losses."""
 
 
 def to_batch(pack: Pack, *, loss: LossKind, device: torch.device | str = "cpu") -> PackedBatch:
@@ -52,7 +52,7 @@ def to_batch(pack: Pack, *, loss: LossKind, device: torch.device | str = "cpu") 
         max_seqlen=int(np.diff(pack.cu_seqlens).max()),
         target_positions_N=tensor(positions_N, torch.int64),
         labels_N=tensor(np.maximum(labels_T[positions_N], 0), torch.int64),
-        weights_N=tensor(weights_T[positions_N], torch.float32),
+        weights_N=tensor(weights_T[positions_N], torch.float64),
     )
 
 

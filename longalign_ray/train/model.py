@@ -18,7 +18,6 @@ from longalign_ray.precision import DTYPES
 from longalign_ray.train import attention
 from longalign_ray.train.batch import PackedBatch
 
-
 LOGIT_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # applied after lm_head by some families
 
 
@@ -59,7 +58,7 @@ class PackedLM(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """[T, D] of the last layer after its norm."""
-        out = self.model.model(  # pyright: ignore
+        out = self.model.base_model(  # pyright: ignore
             input_ids=batch.input_ids_T[None],
             position_ids=batch.position_ids_T[None],
             use_cache=False,  # a cache would turn transformers' own packed detection off and mix the sequences

@@ -1,0 +1,129 @@
+"""`prepare` on Ray Data: everything kept, cut and rejected is counted, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longalign_ray import stages
+from longalign_ray.data.packed import PackReader
+from longalign_ray.data.plan import StepPlan
+from longalign_ray.data.store import TokenStore
+from longalign_ray.data.template import load_tokenizer
+from longalign_ray.errors import CorpusError, ModelError
+from tests.integration.recipes import write_corpus, write_recipe
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def prepare(recipe: Path, *overrides: str):
+    config, run_dir = stages.open_run(recipe, overrides)
+    return stages.prepare(config, run_dir), run_dir
+
+
+def test_bad_records_are_rejected_with_file_line_and_reason(tiny_model_dir: Path, tmp_path: Path) -> None:
+    good = write_corpus(tmp_path / "good.jsonl", 60)
+    bad = tmp_path / "bad.jsonl"
+    talk = json.loads(good.read_text().splitlines()[0])
+    lines = [
+        json.dumps(talk),
+        "{broken",
+        "",
+        json.dumps({"messages": [{"role": "alien", "content": "x"}]}),
+        json.dumps({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}),
+        json.dumps({"messages": [{"role": "user", "content": "x" * 1200}, {"role": "assistant", "content": "y"}]}),
+    ]
+    bad.write_text("\n".join(lines))
+    recipe = write_recipe(tmp_path, tiny_model_dir, corpus={"paths": [str(good), str(bad)]})
+    manifest, run_dir = prepare(recipe)
+    rejects = [json.loads(line) for line in run_dir.rejects.read_text().splitlines()]
+    assert [(reject["line"], reject["reason"]) for reject in rejects] == [
+        (2, "broken_json"),
+        (4, "unknown_role"),
+        (5, "empty_assistant_turn"),
+        (6, "too_long"),
+    ]
+    assert {reject["file"] for reject in rejects} == {str(bad)}
+    counts, dropped = manifest.counts, manifest.dropped_by_reason
+    assert dropped == {"broken_json": 1, "unknown_role": 1, "empty_assistant_turn": 1, "too_long": 1}
+    assert counts["records"] == 65 == counts["examples"] + sum(dropped.values())
+    assert counts["planned"] + counts["heldout"] == counts["examples"] == 61
+
+
+def test_every_example_is_in_one_pack_and_decodes_to_its_conversation(tiny_model_dir: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", 80)
+    recipe = write_recipe(tmp_path, tiny_model_dir, corpus={"paths": [str(corpus)]})
+    _, run_dir = prepare(recipe)
+    plan = StepPlan.load(run_dir.plan)
+    reader = PackReader(plan, store_dir=run_dir.store, packed_dir=run_dir.packed)
+    assert reader.is_sequential
+    talks = {talk["id"]: talk["messages"] for talk in map(json.loads, corpus.read_text().splitlines())}
+    tokenizer = load_tokenizer(tiny_model_dir)
+    seen: list[str] = []
+    for slot in np.ndindex(*plan.shape):
+        pack = reader.pack(*slot)
+        if pack is None:
+            continue
+        assert len(pack.input_ids) <= 1024
+        for name, start, end in zip(pack.example_ids, pack.cu_seqlens[:-1], pack.cu_seqlens[1:], strict=True):
+            targets = tokenizer.decode(pack.input_ids[start:end][pack.loss_mask[start:end]])
+            assert targets == "".join(f"{m['content']}<|im_end|>" for m in talks[name] if m["role"] == "assistant")
+        seen += pack.example_ids
+    index = TokenStore(run_dir.store).index
+    assert sorted(seen) == sorted(index.example_id[~index.heldout])
+    assert len(set(seen)) == len(seen)
+
+
+def test_done_is_skipped_and_a_changed_corpus_is_not(tiny_model_dir: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", 30)
+    recipe = write_recipe(tmp_path, tiny_model_dir, corpus={"paths": [str(corpus)]})
+    first, run_dir = prepare(recipe)
+    written = run_dir.plan.stat().st_mtime_ns
+    prepare(recipe)
+    assert run_dir.plan.stat().st_mtime_ns == written
+    write_corpus(corpus, 31)
+    again, _ = prepare(recipe)
+    assert (first.counts["examples"], again.counts["examples"]) == (30, 31)
+
+
+def test_the_store_is_the_same_whatever_the_slices(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longalign_ray.data import corpus as corpus_module
+
+    corpus = write_corpus(tmp_path / "corpus.jsonl", 50)
+    stores = []
+    for name, slice_bytes in [("one", 1 << 20), ("many", 2_000)]:
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(corpus_module.cut_into_slices, "__kwdefaults__", {"slice_bytes": slice_bytes})
+        _, run_dir = prepare(write_recipe(tmp_path / name, tiny_model_dir, corpus={"paths": [str(corpus)]}))
+        stores.append(TokenStore(run_dir.store))
+    one, many = stores
+    assert many.index.file.max() > 3
+    assert one.index.example_id.tolist() == many.index.example_id.tolist()
+    assert all(one.example(row).input_ids.tolist() == many.example(row).input_ids.tolist() for row in range(50))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "the corpus is empty"), ("{broken\n", "1 of 1 records are broken.*line 1"), ("\n\n", "no usable")],
+)
+def test_a_corpus_without_conversations(tiny_model_dir: Path, tmp_path: Path, text: str, message: str) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(text)
+    with pytest.raises(CorpusError, match=message):
+        prepare(write_recipe(tmp_path, tiny_model_dir, corpus={"paths": [str(corpus)]}))
+
+
+def test_missing_file_and_missing_tokenizer(tiny_model_dir: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_model_dir, corpus={"paths": [str(tmp_path / "none.jsonl")]})
+    with pytest.raises(CorpusError, match=r"none\.jsonl"):
+        prepare(recipe)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text((tiny_model_dir / "config.json").read_text())
+    corpus = write_corpus(tmp_path / "corpus.jsonl", 3)
+    with pytest.raises(ModelError, match="no tokenizer"):
+        prepare(recipe, f"corpus.paths=[{corpus}]", f"model.path={tmp_path / 'model'}")

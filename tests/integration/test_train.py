@@ -1,0 +1,134 @@
+"""Training under Ray Train and DeepSpeed: undisturbed, resumed and killed runs give bitwise the same losses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from longalign_ray import stages
+from longalign_ray.config import RunConfig
+from longalign_ray.errors import LongAlignError
+from longalign_ray.logs import read_metrics
+from longalign_ray.run_dir import RunDir
+from tests.integration.recipes import write_corpus, write_recipe
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def prepared(directory: Path, model_dir: Path, **train: object) -> tuple[RunConfig, RunDir]:
+    corpus = write_corpus(directory / "corpus.jsonl", 150)
+    recipe = write_recipe(directory, model_dir, corpus={"paths": [str(corpus)]}, train=train)
+    config, run_dir = stages.open_run(recipe)
+    stages.prepare(config, run_dir)
+    return config, run_dir
+
+
+def losses(run_dir: RunDir) -> list[tuple[int, float, float]]:
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(run_dir.metrics)]
+
+
+def kill_a_rank(run_dir: RunDir, *, after_step: int) -> threading.Thread:
+    """SIGKILLs one training rank of this test's own Ray once the metrics show a step."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            if any(row["step"] >= after_step for row in read_metrics(run_dir.metrics)):
+                ranks = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
+                os.kill(ranks[-1].pid, signal.SIGKILL)
+                killed.set()
+                return
+            time.sleep(0.02)
+
+    killed = threading.Event()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.killed = killed  # pyright: ignore
+    thread.start()
+    return thread
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, RunDir]:
+    config, run_dir = prepared(tmp_path_factory.mktemp("undisturbed"), tiny_model_dir)
+    stages.train(config, run_dir)
+    return config, run_dir
+
+
+def test_loss_falls_and_every_step_is_recorded(undisturbed: tuple[RunConfig, RunDir]) -> None:
+    rows = read_metrics(undisturbed[1].metrics)
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    assert len(rows) >= 8
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+    assert sum(row["num_sequences"] for row in rows) == 150 - 4
+    assert all(row["rank_imbalance"] >= 1 for row in rows)
+
+
+def test_export_is_a_model_that_plain_transformers_loads(
+    undisturbed: tuple[RunConfig, RunDir], tiny_model_dir: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config, run_dir = undisturbed
+    stages.export(config, run_dir)
+    aligned = AutoModelForCausalLM.from_pretrained(run_dir.model)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(run_dir.model)
+    assert tokenizer.chat_template
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "question 0 word "}, {"role": "assistant", "content": "answer answer "}],
+        tokenize=False,
+    )
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        after, before = (model(input_ids=ids, labels=ids).loss.item() for model in (aligned, base))
+    assert after < before - 0.3  # the weights are the trained ones
+
+
+def test_killed_and_restarted_by_hand(
+    undisturbed: tuple[RunConfig, RunDir], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    config, run_dir = prepared(tmp_path, tiny_model_dir, max_failures=0)
+    killer = kill_a_rank(run_dir, after_step=4)
+    with pytest.raises(LongAlignError, match="training failed"):
+        stages.train(config, run_dir)
+    killer.join()
+    assert killer.killed.is_set()  # pyright: ignore
+    assert len(losses(run_dir)) < len(losses(undisturbed[1]))
+    stages.train(config, run_dir)
+    assert losses(run_dir) == losses(undisturbed[1])
+
+
+def test_killed_and_restarted_by_ray_train(
+    undisturbed: tuple[RunConfig, RunDir], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    config, run_dir = prepared(tmp_path, tiny_model_dir, max_failures=1)
+    killer = kill_a_rank(run_dir, after_step=4)
+    stages.train(config, run_dir)
+    killer.join()
+    assert killer.killed.is_set()  # pyright: ignore
+    assert losses(run_dir) == losses(undisturbed[1])
+
+
+def test_another_number_of_ranks_takes_the_same_steps(
+    undisturbed: tuple[RunConfig, RunDir], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """One rank with four micro-steps: the same losses up to the order of fp32 sums."""
+    config, run_dir = prepared(tmp_path, tiny_model_dir)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"num_workers": 1})})
+    stages.train(config, run_dir)
+    one, two = losses(run_dir), losses(undisturbed[1])
+    assert [step for step, *_ in one] == [step for step, *_ in two]
+    assert [loss for _, loss, _ in one] == pytest.approx([loss for _, loss, _ in two], rel=1e-4)
+
+
+def test_a_worker_error_is_the_message(tiny_model_dir: Path, tmp_path: Path) -> None:
+    config, run_dir = prepared(tmp_path, tiny_model_dir, learning_rate=1e12)
+    with pytest.raises(LongAlignError, match=r"the loss of step \d+ is (nan|inf).*talk-\d+.*learning_rate"):
+        stages.train(config, run_dir)
