@@ -16,7 +16,8 @@ from longalign_ray.data.template import Tokenizer, load_tokenizer
 from longalign_ray.data.tokenize import render, tokenize_conversation
 
 LLAMA_2 = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'].strip() + ' [/INST]' }}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'].strip() + ' [/INST]' }}"
     "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}"
     "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
 )
@@ -112,7 +113,7 @@ def test_cut_right_counts_what_it_cuts(tokenizer: Tokenizer) -> None:
     assert (cut.length, num_cut) == (whole.length - 4, 4)
     assert cut.input_ids.tolist() == whole.input_ids[:-4].tolist()
     assert target_texts(tokenizer, cut) == ["Hell"]  # cut: o ! <|im_end|> newline
-    with pytest.raises(RecordError, match="beyond data.max_length = 10") as caught:
+    with pytest.raises(RecordError, match=r"beyond data\.max_length = 10") as caught:
         tokenize_conversation(talk, tokenizer, max_length=10, too_long="cut_right")
     assert caught.value.reason == "no_target_left"
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from longalign_ray.train.schedule import learning_rate
@@ -10,7 +12,7 @@ def test_hand_worked_points() -> None:
     rates = [learning_rate(step, 100, peak=3.0, warmup_ratio=0.03) for step in range(100)]
     assert rates[:4] == pytest.approx([1.0, 2.0, 3.0, 3.0])
     assert learning_rate(3 + 97 // 2, 3 + 96, peak=3.0, warmup_ratio=0.03) == pytest.approx(1.5)
-    assert all(a > b for a, b in zip(rates[3:], rates[4:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[3:]))
     assert 0 < rates[-1] < 0.01
 
 
