@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from longalign_ray.errors import ModelError
 
@@ -74,7 +75,7 @@ def _convert_gguf(gguf_file: Path, directory: Path) -> Path:
     directory.parent.mkdir(parents=True, exist_ok=True)
     source, file = str(gguf_file.parent), gguf_file.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.bfloat16)
     model.hf_quantizer = None  # the weights are no longer quantized, and save_pretrained refuses what claims to be
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

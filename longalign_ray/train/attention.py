@@ -144,7 +144,12 @@ def _windowed(
 
 
 def flash_attn_kernel(
-    query_HTD: torch.Tensor, key_KTD: torch.Tensor, value_KTD: torch.Tensor, *, function: Kernel, **spec: Any
+    query_HTD: torch.Tensor,
+    key_KTD: torch.Tensor,
+    value_KTD: torch.Tensor,
+    *,
+    function: Callable[..., Any],
+    **spec: Any,
 ) -> torch.Tensor:
     """[T, H, D] by `flash_attn_varlen_func`, which is `function`; tests give a stand-in."""
     window = spec["sliding_window"]
@@ -163,7 +168,12 @@ def flash_attn_kernel(
 
 
 def torch_varlen_kernel(
-    query_HTD: torch.Tensor, key_KTD: torch.Tensor, value_KTD: torch.Tensor, *, function: Kernel, **spec: Any
+    query_HTD: torch.Tensor,
+    key_KTD: torch.Tensor,
+    value_KTD: torch.Tensor,
+    *,
+    function: Callable[..., Any],
+    **spec: Any,
 ) -> torch.Tensor:
     """[T, H, D] by torch's `varlen_attn`, which is `function`; its causal flag is a right window of 0."""
     window = spec["sliding_window"]

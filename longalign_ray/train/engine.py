@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed as dist
@@ -64,7 +64,7 @@ class TrainEngine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._engine: Any = deepspeed.initialize(
             model=model,
-            model_parameters=[p for p in model.parameters() if p.requires_grad],  # pyright: ignore
+            model_parameters=cast(Any, [p for p in model.parameters() if p.requires_grad]),  # hinted as a Module
             config=deepspeed_config(config, dtype=dtype, micro_steps=micro_steps),
             dist_init_required=False,
         )[0]

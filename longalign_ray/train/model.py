@@ -30,7 +30,7 @@ class TokenLossHead(nn.Linear):
 
     chunk: int
 
-    def forward(self, hidden_ND: torch.Tensor, labels_N: torch.Tensor | None = None) -> torch.Tensor:  # pyright: ignore
+    def forward(self, hidden_ND: torch.Tensor, labels_N: torch.Tensor | None = None) -> torch.Tensor:
         """float[N]: cross entropy in nats, softmax in fp32 or better. Without labels: plain logits."""
         if labels_N is None:
             return super().forward(hidden_ND)
@@ -46,6 +46,8 @@ class TokenLossHead(nn.Linear):
 class PackedLM(nn.Module):
     """Loss of a pack: sum over its targets of weight x cross entropy. Divide by the step's M for Eq. 2."""
 
+    model: Any
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
@@ -53,12 +55,12 @@ class PackedLM(nn.Module):
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """0-d tensor; the whole forward pass runs in here, so that ZeRO-3 gathers what it needs."""
         hidden_TD = self.hidden_states(batch)
-        losses_N = self.model.lm_head(hidden_TD[batch.target_positions_N], batch.labels_N)  # pyright: ignore
+        losses_N = self.model.lm_head(hidden_TD[batch.target_positions_N], batch.labels_N)
         return (losses_N * batch.weights_N.to(losses_N.dtype)).sum()
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """[T, D] of the last layer after its norm."""
-        out = self.model.base_model(  # pyright: ignore
+        out = self.model.base_model(
             input_ids=batch.input_ids_T[None],
             position_ids=batch.position_ids_T[None],
             use_cache=False,  # a cache would turn transformers' own packed detection off and mix the sequences

@@ -103,7 +103,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
         gradient_checkpointing=config.gradient_checkpointing,
         head_chunk=config.head_chunk,
     )
-    vocab_size = int(model.model.config.vocab_size)  # pyright: ignore
+    vocab_size = int(model.model.config.vocab_size)
     engine = TrainEngine(model, config, dtype=dtype, micro_steps=plan.shape[1])
     verify_isolation(engine.module, vocab_size=vocab_size, device=engine.device)
 

@@ -116,8 +116,8 @@ def packed_tokens_per_cpu_second(model: PackedLM, store: TokenStore, capacity: i
     plan = packed_plan(store, capacity=capacity, world_size=1)
     packs = PackReader(plan, store_dir=store.directory, packed_dir=Path("none"))
     started, tokens = time.process_time(), 0
-    for slot in np.ndindex(*plan.shape):
-        pack = packs.pack(*slot)
+    for step, micro_step, group in np.ndindex(*plan.shape):
+        pack = packs.pack(step, micro_step, group)
         if pack is not None:
             model(to_batch(pack, loss="sequence")).backward()
             tokens += len(pack.input_ids)
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--rank", nargs=2, type=Path, metavar=("STORE", "PLAN"))
     arguments = parser.parse_args()
     if arguments.rank:
-        train_rank(*arguments.rank, arguments.layers)
+        train_rank(arguments.rank[0], arguments.rank[1], arguments.layers)
         return
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:

@@ -6,7 +6,7 @@ Prints a JSON object: stage -> relative L2 error of the whole gradient against o
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -67,8 +67,10 @@ def reference() -> tuple[float, dict[str, torch.Tensor]]:
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def step_error(zero_stage: int, expected_loss: float, expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    config = TrainConfig(zero_stage=zero_stage, head_chunk=4)  # pyright: ignore
+def step_error(
+    zero_stage: Literal[0, 1, 2, 3], expected_loss: float, expected: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    config = TrainConfig(zero_stage=zero_stage, head_chunk=4)
     model = prepare_model(build(torch.float32, packed=True), gradient_checkpointing=True, head_chunk=4)
     engine = TrainEngine(model, config, dtype="float32", micro_steps=MICRO_STEPS)
     loss = torch.zeros(())

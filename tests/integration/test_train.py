@@ -33,8 +33,8 @@ def losses(run_dir: RunDir) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(run_dir.metrics)]
 
 
-def kill_a_rank(run_dir: RunDir, *, after_step: int) -> threading.Thread:
-    """SIGKILLs one training rank of this test's own Ray once the metrics show a step."""
+def kill_a_rank(run_dir: RunDir, *, after_step: int) -> threading.Event:
+    """SIGKILLs one training rank of this test's own Ray once the metrics show a step; the event tells that it did."""
 
     def watch() -> None:
         deadline = time.monotonic() + 240
@@ -47,10 +47,8 @@ def kill_a_rank(run_dir: RunDir, *, after_step: int) -> threading.Thread:
             time.sleep(0.02)
 
     killed = threading.Event()
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.killed = killed  # pyright: ignore
-    thread.start()
-    return thread
+    threading.Thread(target=watch, daemon=True).start()
+    return killed
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +93,10 @@ def test_killed_and_restarted_by_hand(
     undisturbed: tuple[RunConfig, RunDir], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     config, run_dir = prepared(tmp_path, tiny_model_dir, max_failures=0)
-    killer = kill_a_rank(run_dir, after_step=4)
+    killed = kill_a_rank(run_dir, after_step=4)
     with pytest.raises(LongAlignError, match="training failed"):
         stages.train(config, run_dir)
-    killer.join()
-    assert killer.killed.is_set()  # pyright: ignore
+    assert killed.is_set()
     assert len(losses(run_dir)) < len(losses(undisturbed[1]))
     stages.train(config, run_dir)
     assert losses(run_dir) == losses(undisturbed[1])
@@ -109,10 +106,9 @@ def test_killed_and_restarted_by_ray_train(
     undisturbed: tuple[RunConfig, RunDir], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     config, run_dir = prepared(tmp_path, tiny_model_dir, max_failures=1)
-    killer = kill_a_rank(run_dir, after_step=4)
+    killed = kill_a_rank(run_dir, after_step=4)
     stages.train(config, run_dir)
-    killer.join()
-    assert killer.killed.is_set()  # pyright: ignore
+    assert killed.is_set()
     assert losses(run_dir) == losses(undisturbed[1])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from longalign_ray.train.loss import backward_scale, shift_labels, target_weights
+from longalign_ray.train.loss import LossKind, backward_scale, shift_labels, target_weights
 
 IGNORE = -100
 
@@ -30,8 +30,8 @@ LOSSES = np.select([np.arange(17) < 2, np.arange(17) < 6], [2.0, 3.0], 2.0)
 
 
 @pytest.mark.parametrize(("kind", "total", "expected"), [("sequence", 3, 7 / 3), ("token", 14, 31 / 14)])
-def test_hand_worked_means(kind: str, total: int, expected: float) -> None:
-    weights = target_weights(LABELS, CU_SEQLENS, kind)  # pyright: ignore
+def test_hand_worked_means(kind: LossKind, total: int, expected: float) -> None:
+    weights = target_weights(LABELS, CU_SEQLENS, kind)
     assert (weights * LOSSES).sum() / total == pytest.approx(expected, abs=1e-12)
     assert weights.sum() == pytest.approx(total)
     assert not weights[LABELS == IGNORE].any()
@@ -39,12 +39,12 @@ def test_hand_worked_means(kind: str, total: int, expected: float) -> None:
 
 @pytest.mark.parametrize("kind", ["sequence", "token"])
 @pytest.mark.parametrize("seed", range(5))
-def test_a_sequence_without_targets_weighs_nothing(kind: str, seed: int) -> None:
+def test_a_sequence_without_targets_weighs_nothing(kind: LossKind, seed: int) -> None:
     random = np.random.default_rng(seed)
     cu_seqlens = np.array([0, 5, 12, 30])
     labels = np.where(random.random(30) < 0.5, 7, IGNORE)
     labels[5:12] = IGNORE
-    weights = target_weights(labels, cu_seqlens, kind)  # pyright: ignore
+    weights = target_weights(labels, cu_seqlens, kind)
     assert not weights[5:12].any()
     per_sequence = [weights[:5].sum(), weights[12:].sum()]
     counts = [np.count_nonzero(labels[:5] != IGNORE), np.count_nonzero(labels[12:] != IGNORE)]
