@@ -46,6 +46,7 @@ def test_conversations_are_as_many_as_asked_for_and_the_same_for_the_same_seed(
     short = [item for item in conversations if item.example_id.startswith("short-")]
     long = [item for item in conversations if not item.example_id.startswith("short-")]
     assert (counts["long"], counts["short"], counts["conversations"]) == (len(long), len(short), 9) == (6, 3, 9)
+    assert all("-00-" in item.example_id for item in long), "the first document of each shelf comes first"
     assert all(1_000 <= len(item.messages[0].content) <= 5_000 + 1_500 for item in long)
     assert [item in short for item in conversations] not in ([True] * 3 + [False] * 6, [False] * 6 + [True] * 3)
     assert sum(number for name, number in counts.items() if name.startswith("task_")) == 6

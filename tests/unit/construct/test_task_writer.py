@@ -281,6 +281,22 @@ def test_ambiguous_names_are_not_asked_for():
         assert TASKS[kind][0](_document(once, *items), rng) is not None, kind
 
 
+def test_a_method_of_a_class_defined_twice_is_not_asked_for():
+    method = Definition("go", "method", "m", "A")
+    text = "class A:\n  def go(self): 0\n"
+    assert TASKS["class_of"][0](_document(text, method), random.Random(0)) is not None
+    assert TASKS["class_of"][0](_document(text + "class A: 0", method), random.Random(0)) is None
+
+
+def test_a_docstring_that_the_text_spells_otherwise_is_not_asked_for():
+    """The docstring holds a real tab, the text the two characters that stand for it."""
+    item = Definition("f", "function", "m", docstring="Splits at each \t sign.\nMore.")
+    assert (
+        TASKS["docstring"][0](_document('def f():\n  """Splits at each \t sign.', item), random.Random(0)) is not None
+    )
+    assert TASKS["docstring"][0](_document('def f():\n  """Splits at each \\t sign.', item), random.Random(0)) is None
+
+
 @pytest.mark.parametrize("again", ["PORT = 2", "  PORT += 1", "f(PORT=3)", "PORT: int = 4", "if (PORT := 5): pass"])
 def test_a_constant_assigned_again_is_not_asked_for(again: str):
     constants = (Constant("PORT", "1", "m"),)
