@@ -35,7 +35,10 @@ def render(summary: Summary, *, config: str) -> str:
 
 
 def summary_table(summary: Summary) -> str:
-    """The headline numbers as plain text, a line each; what was not measured is left out."""
+    """The headline numbers as plain text, a line each; what was not measured is left out.
+
+    `dropped` counts what each stage cut, rejected or got no answer to; the report tells the reasons.
+    """
     rows: dict[str, str] = {}
     if examples := summary["examples"]:
         rows["examples"] = "{num_examples:,} ({num_heldout:,} held out), {num_tokens:,} tokens".format(**examples)
@@ -50,15 +53,7 @@ def summary_table(summary: Summary) -> str:
         rows["held-out loss"] = ", ".join(f"{model} {score['value']:.3f}" for model, score in heldout.items())
     if needle := summary["needle"]:
         rows["needle accuracy"] = ", ".join(f"{model} {score['value']:.1%}" for model, score in needle.items())
-    rows["dropped"] = ", ".join(f"{reason} {number:,}" for reason, number in _dropped(summary).items()) or "nothing"
+    dropped = {stage: sum(part["dropped_by_reason"].values()) for stage, part in summary["stages"].items()}
+    rows["dropped"] = ", ".join(f"{stage} {number:,}" for stage, number in dropped.items() if number) or "nothing"
     width = max(map(len, rows)) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows.items())
-
-
-def _dropped(summary: Summary) -> dict[str, int]:
-    """What was cut, rejected or not answered, by stage and reason."""
-    return {
-        f"{stage} {reason}": number
-        for stage, part in summary["stages"].items()
-        for reason, number in part["dropped_by_reason"].items()
-    }

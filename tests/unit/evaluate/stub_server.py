@@ -73,6 +73,7 @@ def stub_server(
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else every answer waits 40 ms for an acknowledgement
 
         def do_GET(self) -> None:
             known = self.path == "/v1/models"

@@ -89,14 +89,16 @@ def test_scores_of_both_models(tmp_path: Path, tokenizer: Any):
 
 
 def test_long_cases_go_first_and_no_more_are_in_flight_than_allowed(tmp_path: Path, tokenizer: Any):
-    def slow(body: dict[str, Any], attempt: int) -> Reply:
-        reply = good(body)
-        reply.delay = 0.02
-        return reply
+    together = threading.Barrier(3)
 
-    with stub_server(slow) as stub:
-        run(settings(concurrency=3), tmp_path / "a", stub.base_url, tokenizer)
-        assert stub.most_in_flight == 3
+    def in_threes(body: dict[str, Any], attempt: int) -> Reply:
+        together.wait(timeout=20)  # passes only if three requests are in flight
+        return good(body)
+
+    with stub_server(in_threes) as stub:
+        counts, failed = run(settings(concurrency=3), tmp_path / "a", stub.base_url, tokenizer)
+    assert stub.most_in_flight == 3
+    assert (counts["answered"], failed) == (NUM_CASES, {})
     with stub_server(good) as stub:
         run(settings(concurrency=1, models=("base",), heldout_loss=False), tmp_path / "b", stub.base_url, tokenizer)
     sizes = [len(body["messages"][0]["content"]) for body in stub.asked]
@@ -132,7 +134,7 @@ def test_retry_after_is_waited_for(tmp_path: Path, tokenizer: Any):
     config = settings(models=("base",), heldout_loss=False, needle=NeedleConfig(lengths=(500,), depths=(0,)))
     with stub_server(once_limited) as stub:
         run(config, tmp_path, stub.base_url, tokenizer)
-    assert 1.0 <= times[2] - times[1] < 3.0  # without the header the pause is at most 0.5 s
+    assert times[2] - times[1] >= 1.0  # without the header the pause is at most 0.5 s
 
 
 def test_failures_are_counted_and_never_scored(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
@@ -144,7 +146,7 @@ def test_failures_are_counted_and_never_scored(tmp_path: Path, tokenizer: Any, m
         ("needle", 3): Reply({"error": "too long"}, 400),
         ("needle", 4): Reply(b"[1]", 200),
         ("heldout", 6): Reply({"choices": [{"logprobs": None}]}),
-        ("heldout", 4): Reply({}, delay=3.0),
+        ("heldout", 4): Reply({}, delay=6.0),
     }
     order: dict[str, int] = {}
     lock = threading.Lock()
@@ -159,7 +161,7 @@ def test_failures_are_counted_and_never_scored(tmp_path: Path, tokenizer: Any, m
             number = order.setdefault(text, len(order))
         return bad.get(("needle", number), good(body))
 
-    config = settings(request_timeout_seconds=1.0, max_attempts=2)
+    config = settings(request_timeout_seconds=2.5, max_attempts=2)
     with stub_server(behave) as stub:
         counts, failed = run(config, tmp_path, stub.base_url, tokenizer)
     assert failed == {"http_500": 1, "bad_json": 2, "bad_answer": 2, "http_400": 1, "timeout": 1}
@@ -254,7 +256,6 @@ def test_a_killed_run_continues(tmp_path: Path, tokenizer: Any):
 
 
 def test_a_bad_endpoint_or_model_is_told_at_once(tmp_path: Path, tokenizer: Any):
-    started = time.monotonic()
     with pytest.raises(EvaluationError, match=r"127\.0\.0\.1:9/v1/models does not answer .* set evaluate\.endpoint"):
         run(settings(), tmp_path, "http://127.0.0.1:9/v1", tokenizer)
     with stub_server(good, models=("base", "other")) as stub:
@@ -263,7 +264,6 @@ def test_a_bad_endpoint_or_model_is_told_at_once(tmp_path: Path, tokenizer: Any)
         with pytest.raises(EvaluationError, match="answers 404"):
             run(settings(), tmp_path, stub.base_url + "/wrong", tokenizer)
         assert stub.asked == []
-    assert time.monotonic() - started < 5
 
 
 def test_model_names_with_slashes_have_their_own_files(tmp_path: Path, tokenizer: Any):
