@@ -77,7 +77,9 @@ def _write_shelves(
         return [], Counter()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says once that it shows no bars
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # It warns that there are no progress bars.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     num_cpus = int(ray.cluster_resources().get("CPU", 1))
     items = [{"shelf": shelf.shelf_id, "form": shelf.form, "files": list(shelf.files)} for shelf in planned]
     # Without a number of blocks, so few rows would be one block and so one task.
