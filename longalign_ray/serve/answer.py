@@ -110,8 +110,8 @@ async def answer(
             if stop_strings.found:
                 finish_reason = "stop"
             yield Piece(text, event.tokens, event.num_generated, event.num_cached, finish_reason)
-            if finish_reason is not None:
-                return
+            if stop_strings.found:
+                return  # which cancels the request; otherwise the engine's stream has ended by itself
 
 
 def completion_logprobs(

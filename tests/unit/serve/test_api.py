@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
@@ -69,9 +70,7 @@ def client_of(model: ServedModel, *, ready: bool = True) -> TestClient:
 
 def broken_client(model: ServedModel, error: Exception, *, after_tokens: int = 0) -> TestClient:
     engine = BrokenEngine(error, after_tokens=after_tokens)
-    return client_of(
-        ServedModel("tiny", engine, model.tokenizer, model.context_length, model.vocab_size, model.stop_token_ids)
-    )
+    return client_of(dataclasses.replace(model, engine=engine))
 
 
 def events_of(response: Any) -> list[Any]:
@@ -141,6 +140,30 @@ def test_stop_string_ends_the_text(client, stream):
         got, reason = choice["message"]["content"], choice["finish_reason"]
         assert response.json()["usage"]["completion_tokens"] < 12
     assert (got, reason) == (text[: text.index(stop)], "stop")
+
+
+def test_text_that_only_begins_a_stop_string_is_given(client):
+    text = client.post("/v1/chat/completions", json=CHAT).json()["choices"][0]["message"]["content"]
+    body = {**CHAT, "stop": text[-2:] + "never there"}
+    choice = client.post("/v1/chat/completions", json=body).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (text, "length")
+
+
+def test_prompt_and_answer_must_fit_the_context(model):
+    prompt = {"model": "tiny", "prompt": "x" * 30, "temperature": 0}
+    client = client_of(dataclasses.replace(model, context_length=40))
+    assert client.post("/v1/completions", json={**prompt, "max_tokens": 10}).status_code == 200
+    refused = client.post("/v1/completions", json={**prompt, "max_tokens": 11})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    assert "context of 40 tokens" in refused.json()["error"]["message"]
+    # Without max_tokens a chat answer may fill what is left.
+    num_prompt = len(encode_prompt(model.tokenizer, MESSAGES))
+    client = client_of(dataclasses.replace(model, context_length=num_prompt + 3))
+    made = client.post("/v1/chat/completions", json={**CHAT, "max_tokens": None}).json()
+    assert made["usage"]["completion_tokens"] == 3
+    full = client_of(dataclasses.replace(model, context_length=num_prompt))
+    assert full.post("/v1/chat/completions", json={**CHAT, "max_tokens": None}).status_code == 400
 
 
 def test_seed_repeats_and_max_completion_tokens_wins(client):
