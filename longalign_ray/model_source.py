@@ -70,7 +70,9 @@ def _convert_gguf(gguf_file: Path, directory: Path) -> Path:
     """Writes bf16 safetensors, tokenizer and chat template once; a rename makes the finished directory appear whole."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     logger.info("converting %s to a Hugging Face directory (once)", gguf_file.name)
     directory.parent.mkdir(parents=True, exist_ok=True)
     source, file = str(gguf_file.parent), gguf_file.name

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longalign_ray.errors import CheckpointError, PlanMismatchError
 from longalign_ray.run_dir import write_json
-from longalign_ray.train.engine import TAG
+from longalign_ray.train.engine import TAG, quiet_deepspeed
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +75,18 @@ def export_model(checkpoint_dir: Path, base_model_dir: Path, output_dir: Path, *
     Returns the number of parameters. The fp32 master weights are rounded once, to `dtype`.
     """
     import torch
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from longalign_ray.precision import DTYPES
 
+    disable_progress_bar()
+    quiet_deepspeed()
     if TrainState.load(checkpoint_dir).zero_stage > 0:
-        weights: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint_dir), tag=TAG) or {}
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints its progress
+            weights: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint_dir), tag=TAG) or {}
     else:
         file = checkpoint_dir / TAG / "mp_rank_00_model_states.pt"
         weights = torch.load(file, map_location="cpu", weights_only=False)["module"]

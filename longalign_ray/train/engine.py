@@ -30,7 +30,8 @@ def deepspeed_config(config: TrainConfig, *, dtype: str, micro_steps: int) -> di
         "torch_adam": not config.offload_optimizer,  # no compiler needed; offload wants DeepSpeed's CPU kernel
         "adam_w_mode": True,
     }
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+    # DeepSpeed's own bucket of 5e8 elements is a buffer of 2 GB in fp32; this one is a square of width 4,096.
+    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": 2**24}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.use_gpu}
     return {
