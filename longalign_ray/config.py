@@ -171,6 +171,9 @@ class NeedleConfig(Section):
     """Prompt lengths in tokens."""
     depths: tuple[Annotated[float, Field(ge=0.0, le=100.0)], ...] = (10, 30, 50, 70, 90)
     """Depths of the needle in per cent."""
+    distractors: Annotated[int, Field(ge=0, le=8)] = 0
+    """Facts of the needle's form about other places that stand in the text as well: harder, as a model must tell them
+    apart (RULER's needles with several keys)."""
     max_new_tokens: PositiveInt = 32
     """Tokens generated for an answer."""
 

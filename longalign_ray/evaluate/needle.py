@@ -44,6 +44,17 @@ NEEDLE = Needle(
     question="What is the best thing to do in Marlow Bay? Begin with the sentence of the text that says it.",
     answer="eat a warm apricot pie beside the striped lighthouse at dusk",
 )
+# Facts of the same form about other places, with no content word of the needle's answer.
+DISTRACTORS = (
+    "The best thing to do in Corran Sound is to race paper boats under the stone arch before breakfast.",
+    "The best thing to do in Tilsbury is to hear the brass band rehearse in the glass pavilion on Fridays.",
+    "The best thing to do in Port Ansel is to feed the grey geese along the harbour wall in the rain.",
+    "The best thing to do in Wexcombe is to climb the clock tower with a lantern after midnight.",
+    "The best thing to do in Hollin Sands is to dig for blue shells between the wrecks at low tide.",
+    "The best thing to do in Marsh End is to ride the narrow railway through the poplars in October.",
+    "The best thing to do in Orrin Bay is to swim out to the raft while the bells are ringing.",
+    "The best thing to do in Saint Odile is to copy the old frescoes in charcoal during the market.",
+)
 
 
 def needle_cases(
@@ -52,10 +63,12 @@ def needle_cases(
     """A case for every length x depth of the grid, lengths outermost.
 
     Lengths count the tokens of the whole prompt, chat template included; depths are per cent of the haystack's tokens,
-    moved back to the end of the sentence before. Raises EvaluationError where a length leaves no room for a
-    haystack, or the haystack is too short for it.
+    moved back to the end of the sentence before. `config.distractors` facts of the same form about other places are
+    spread evenly over the haystack, in the same places for all cells of a length. Raises EvaluationError where a
+    length leaves no room for a haystack, or the haystack is too short for it.
     """
-    minimum = _prompt_length(tokenizer, _prompt("", 0, needle)) + MIN_HAYSTACK_TOKENS
+    distractors = DISTRACTORS[: config.distractors]
+    minimum = _prompt_length(tokenizer, _prompt(" ".join(distractors), 0, needle)) + MIN_HAYSTACK_TOKENS
     too_short = [length for length in config.lengths if length < minimum]
     if too_short:
         raise EvaluationError(
@@ -64,8 +77,9 @@ def needle_cases(
         )
     cases = []
     for length in config.lengths:
+        text = _woven(haystack, distractors, token_ends=_token_ends(tokenizer, haystack, length))
         for depth, (prompt, num_tokens) in zip(
-            config.depths, _prompts(length, config.depths, haystack, tokenizer, needle), strict=True
+            config.depths, _prompts(length, config.depths, text, tokenizer, needle), strict=True
         ):
             request = {
                 "messages": [{"role": "user", "content": prompt}],
@@ -133,6 +147,19 @@ def _prompts(
         if max(num_tokens) <= length:
             return list(zip(prompts, num_tokens, strict=True))
         room -= max(num_tokens) - length
+
+
+def _woven(haystack: str, distractors: Sequence[str], *, token_ends: Sequence[int]) -> str:
+    """The haystack with the distractors at ends of sentences, spread evenly over the text of the given tokens."""
+    sentence_ends = [match.end() for match in SENTENCE_END.finditer(haystack[: token_ends[-1]])]
+    pieces, last = [], 0
+    for number, distractor in enumerate(distractors):
+        # Distractors make the text longer, and the rest is cut off: the middle of each share of 0.8 still lies inside.
+        depth = 80 * (number + 0.5) / len(distractors)
+        place = _place(depth, len(token_ends), token_ends, sentence_ends)
+        pieces += [haystack[last:place], f"\n{distractor}\n"]
+        last = place
+    return "".join([*pieces, haystack[last:].lstrip() if pieces else haystack])
 
 
 def _token_ends(tokenizer: Tokenizer, haystack: str, num_tokens: int) -> list[int]:

@@ -11,7 +11,7 @@ from longalign_ray.config import NeedleConfig
 from longalign_ray.data.template import encode_prompt
 from longalign_ray.errors import EvaluationError
 from longalign_ray.evaluate.haystack import default_haystack
-from longalign_ray.evaluate.needle import NEEDLE, TASK_TEXT, needle_cases, read_answer, score_needle
+from longalign_ray.evaluate.needle import DISTRACTORS, NEEDLE, TASK_TEXT, needle_cases, read_answer, score_needle
 from longalign_ray.evaluate.scoring import content_words, words
 from longalign_ray.evaluate.task import Prediction
 from tests.conftest import SHARED_DATA
@@ -146,3 +146,27 @@ def test_an_answer_without_text_is_read_as_an_empty_one(byte_tokenizer: Any, tmp
     assert read_answer(case, answer) == Prediction("needle-500-0", "", "length")
     with pytest.raises((KeyError, IndexError, TypeError)):
         read_answer(case, {"choices": []})
+
+
+@pytest.mark.parametrize("number", [1, 4, 8])
+def test_distractors_stand_in_the_text_once_and_in_the_same_places(byte_tokenizer: Any, number: int) -> None:
+    config = NeedleConfig(lengths=(6_000,), depths=(10, 50, 90), distractors=number)
+    cases = needle_cases(config, haystack=HAYSTACK, tokenizer=byte_tokenizer, seed=0)
+    texts = [case.request["messages"][0]["content"] for case in cases]
+    for text in texts:
+        found = [text.count(distractor) for distractor in DISTRACTORS]
+        assert found == [1] * number + [0] * (8 - number)
+        assert text.count(NEEDLE.fact) == 1
+    bare = [text.replace(f"{NEEDLE.fact}\n", "").split() for text in texts]
+    places = {tuple(words.index(d.split()[7]) for d in DISTRACTORS[:number]) for words in bare}
+    assert len(places) == 1
+    spread = [texts[0].index(distractor) / len(texts[0]) for distractor in DISTRACTORS[:number]]
+    assert spread == sorted(spread)
+    assert number == 1 or spread[-1] - spread[0] > 0.3
+
+
+def test_no_distractor_has_a_word_of_the_answer() -> None:
+    words = content_words(NEEDLE.answer)
+    assert words
+    for distractor in DISTRACTORS:
+        assert not set(words) & set(content_words(distractor))
