@@ -58,13 +58,15 @@ def construct(config: ConstructConfig, output: Path, *, seed: int) -> tuple[dict
         )
     made.sort(key=lambda row: (row["round"], row["shelf"]))
     long, spare = made[: config.num_long], made[config.num_long :]
-    dropped["files_excluded"] = num_excluded
-    dropped["shelves_not_needed"] = len(planned) - num_first
-    dropped["documents_not_chosen"] = len(spare)
+    not_used = {
+        "files_excluded": num_excluded,
+        "shelves_not_needed": len(planned) - num_first,
+        "documents_not_chosen": len(spare),
+    }
     conversations = [row["conversation"] for row in long] + short
     random.Random(f"order:{seed}").shuffle(conversations)
     _write_jsonl(output, conversations)
-    return _counts(long, short), {reason: number for reason, number in sorted(dropped.items()) if number}
+    return _counts(long, short) | not_used, {reason: number for reason, number in sorted(dropped.items()) if number}
 
 
 def _write_shelves(

@@ -46,9 +46,7 @@ def summary_table(summary: Summary) -> str:
         rows["packs"] = "{num_packs:,} of {capacity:,} tokens, fill {fill:.1%}".format(**packs)
         rows["rank imbalance"] = "{imbalance:.3f} (1 = nobody waits), {num_ranks} ranks".format(**packs)
     if training := summary["training"]:
-        rows["training"] = (
-            "{num_steps:,} steps, {tokens_per_second:,.0f} tokens/s"
-        ).format(**training)
+        rows["training"] = "{num_steps:,} steps, {tokens_per_second:,.0f} tokens/s".format(**training)
     if heldout := summary["heldout"]:
         rows["held-out loss"] = ", ".join(f"{model} {score['value']:.3f}" for model, score in heldout.items())
     if needle := summary["needle"]:
