@@ -118,7 +118,7 @@ def training(summary: Summary) -> str:
         y_label="tokens a second",
         from_zero=True,
     )
-    loss_note = f"From {trained['first_loss']:.3f} to {trained['last_loss']:.3f}."
+    loss_note = "Steps hold different examples: the held-out loss above is what compares."
     speed_note = (
         f"{trained['tokens_per_second']:,.0f} tokens/s over all steps; peak memory of a rank "
         f"{trained['max_memory_gb']:.2f} GB."
