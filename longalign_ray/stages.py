@@ -6,6 +6,7 @@ configuration and the same upstream results.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -386,10 +387,10 @@ def _corpus_state(config: RunConfig) -> list[Any]:
 
 
 def _check_disk(config: RunConfig, run_dir: RunDir, model_dir: Path) -> None:
-    """A checkpoint holds fp32 master weights and two moments: 12 bytes a parameter beside the weights themselves."""
+    """A checkpoint holds fp32 weights, their master copy and two moments: 16 bytes a parameter at most."""
     weights = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
-    bytes_per_parameter = 2 if config.model.dtype == "bfloat16" else 4
-    needed = (12 + bytes_per_parameter) * weights // bytes_per_parameter * (config.train.keep_checkpoints + 1)
+    stored = json.loads((model_dir / "config.json").read_text(encoding="utf-8")).get("dtype")
+    needed = 16 * weights // (4 if stored == "float32" else 2) * (config.train.keep_checkpoints + 1)
     free = shutil.disk_usage(run_dir.root).free
     if free < needed:
         raise LongAlignError(

@@ -1,0 +1,85 @@
+"""Which stages are done for a recipe, and what stops a run before it starts."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from longalign_ray import stages
+from longalign_ray.config import RunConfig
+from longalign_ray.config_load import load_config
+from longalign_ray.errors import CorpusError, LongAlignError
+from longalign_ray.run_dir import Manifest, RunDir
+
+
+def config_of(tmp_path: Path, *overrides: str) -> RunConfig:
+    if not (tmp_path / "corpus.jsonl").exists():
+        (tmp_path / "corpus.jsonl").touch()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"run_dir: {tmp_path / 'run'}\n")
+    return load_config(recipe, [f"corpus.paths=[{tmp_path / 'corpus.jsonl'}]", *overrides])
+
+
+def mark_done(config: RunConfig, run_dir: RunDir, *names: str) -> None:
+    for name in names:
+        digest = stages.stage_digest(config, run_dir, name)
+        Manifest(name, digest, inputs=[], outputs=[], counts={}, dropped_by_reason={}).save(run_dir.manifest(name))
+
+
+@pytest.mark.parametrize(
+    ("override", "to_do"),
+    [
+        ("seed=0", []),
+        ("serve.port=9000", []),
+        ("evaluate.concurrency=2", ["evaluate"]),
+        ("train.learning_rate=1.0e-3", ["train", "export", "evaluate"]),
+        ("train.num_workers=4", ["train", "export", "evaluate"]),
+        ("data.max_length=2048", ["prepare", "train", "export", "evaluate"]),
+        ("train.epochs=2", ["prepare", "train", "export", "evaluate"]),
+        ("seed=1", ["prepare", "train", "export", "evaluate"]),
+    ],
+)
+def test_a_changed_setting_makes_its_stage_and_the_later_ones_due(
+    tmp_path: Path, override: str, to_do: list[str]
+) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    mark_done(config_of(tmp_path), run_dir, "prepare", "train", "export", "evaluate")
+    states = dict(stages.stage_states(config_of(tmp_path, override), run_dir))
+    assert [stage for stage, state in states.items() if state == "to do" and stage != "report"] == to_do
+    assert "not needed" in states["construct"]
+
+
+def test_a_changed_corpus_or_a_lost_output_is_due(tmp_path: Path) -> None:
+    config, run_dir = config_of(tmp_path), RunDir(tmp_path / "run")
+    mark_done(config, run_dir, "prepare")
+    assert stages.is_done(config, run_dir, "prepare")
+    (tmp_path / "corpus.jsonl").write_text("{}")
+    assert stages.is_done(config, run_dir, "prepare") is None
+    digest = stages.stage_digest(config, run_dir, "prepare")
+    Manifest("prepare", digest, [], [str(tmp_path / "gone")], {}, {}).save(run_dir.manifest("prepare"))
+    assert stages.is_done(config, run_dir, "prepare") is None
+
+
+def test_a_missing_corpus_is_named(tmp_path: Path) -> None:
+    config, run_dir = config_of(tmp_path), RunDir(tmp_path / "run")
+    mark_done(config, run_dir, "prepare")
+    (tmp_path / "corpus.jsonl").unlink()
+    with pytest.raises(CorpusError, match=r"corpus\.jsonl"):
+        stages.is_done(config, run_dir, "prepare")
+
+
+def test_too_little_disk_space_stops_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of 2 MB in bf16: a million parameters, 16 bytes each, three times (two kept and one being written)."""
+    config, run_dir = config_of(tmp_path), RunDir(tmp_path / "run")
+    run_dir.root.mkdir()
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    (tmp_path / "model.safetensors").write_bytes(bytes(2_000_000))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 48_000_000))
+    stages._check_disk(config, run_dir, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 47_999_999))
+    with pytest.raises(LongAlignError, match=r"run_dir.*0\.0 GB free.*keep_checkpoints"):
+        stages._check_disk(config, run_dir, tmp_path)
