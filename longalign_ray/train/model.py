@@ -111,7 +111,7 @@ def prepare_model(model: Any, *, gradient_checkpointing: bool, head_chunk: int) 
     cast(TokenLossHead, head).chunk = head_chunk
     model.config.use_cache = False
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return PackedLM(model).train()
 
 
