@@ -6,7 +6,7 @@ Paths are relative to the directory in which the command runs. Functions below t
 from __future__ import annotations
 
 import warnings
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -15,6 +15,8 @@ warnings.filterwarnings("ignore", message='Field name "construct" in "RunConfig"
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
+
+DEFAULT_SOURCE = "corpus"
 
 
 class Section(BaseModel):
@@ -57,13 +59,88 @@ class ConstructConfig(Section):
         return self
 
 
+class SourceConfig(Section):
+    """One named part of the corpus."""
+
+    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Files or patterns, as in `corpus.paths`."""
+    weight: Annotated[float, Field(ge=0.0)] | None = None
+    """Its share of an epoch relative to the other sources', by `mixture.by`; every source has a weight or none has."""
+    repeat: PositiveFloat = 1.0
+    """Passes over it in an epoch; with weights, the most passes. 1.5: every example once, half of them twice."""
+    max_examples: PositiveInt | None = None
+    """At most this many different examples of it are used, chosen by seed, the same ones in every epoch."""
+
+
 class CorpusConfig(Section):
     """Where the conversations come from."""
 
     paths: tuple[str, ...] = ()
     """JSONL files of `{"messages": [{"role", "content"}, ...]}`; globs allowed. Empty: the output of `construct`."""
+    sources: dict[str, SourceConfig] = {}
+    """Several named sources in place of `paths`, to be mixed: `{chat: {paths: [...], weight: 0.9}, long: {...}}`."""
     max_bad_fraction: Fraction = 0.1
     """The run stops when more than this share of the records is broken (see rejects.jsonl)."""
+
+    @model_validator(mode="after")
+    def _sources(self) -> CorpusConfig:
+        if self.paths and self.sources:
+            raise ValueError("corpus.sources and corpus.paths are both given: name the paths as one more source")
+        weights = [source.weight for source in self.sources.values() if source.weight is not None]
+        if weights and len(weights) < len(self.sources):
+            without = ", ".join(name for name, source in self.sources.items() if source.weight is None)
+            raise ValueError(f"corpus.sources has weights, but not for {without}: give each source a weight, or none")
+        if weights and sum(weights) == 0:
+            raise ValueError("corpus.sources has the weight 0 everywhere: give at least one source a weight above 0")
+        return self
+
+    @property
+    def named(self) -> dict[str, SourceConfig]:
+        """All sources by name; `paths` are one that is called `corpus`. Empty where neither is given."""
+        return {DEFAULT_SOURCE: SourceConfig(paths=self.paths)} if self.paths else self.sources
+
+
+class MixtureConfig(Section):
+    """How the sources of the corpus make up an epoch; see data/mixture.py for the rules of rounding."""
+
+    by: Literal["examples", "tokens"] = "examples"
+    """What the weights of `corpus.sources` share out."""
+    max_long_examples: Count | None = None
+    """At most this many different examples of `long_from` tokens or more, over all sources, chosen by seed. A smaller
+    number takes a part of a larger one's, as in the paper's Table 2: 0, 5_000 or 10_000 long ones beside all short
+    ones (LongAlign-0k, -5k and -10k: 3.73, 5.97 and 6.21 points on LongBench-Chat)."""
+    long_from: PositiveInt = 8_192
+    """Tokens from which an example counts as long; the paper's long examples have 8k to 64k tokens."""
+
+
+class DedupConfig(Section):
+    """Which of several equal or similar conversations is left out: all but the first in the order of the corpus."""
+
+    method: Literal["none", "exact", "near"] = "none"
+    """`exact`: equal text of all turns but the system's; `near`: also a Jaccard similarity of `threshold` or more,
+    estimated by MinHash (needs the extra `dedup`)."""
+    threshold: Annotated[float, Field(ge=0.1, le=1.0)] = 0.8
+    """Share of word sequences in common, out of all that either has."""
+    shingle_words: PositiveInt = 5
+    """Words of a sequence; a Chinese, Japanese or Korean character is a word."""
+    num_permutations: Annotated[int, Field(ge=16, le=1_024)] = 128
+    """Values of a signature, 4 bytes each. The estimate's standard error is sqrt(s (1 - s) / num_permutations): 0.035
+    at a similarity of 0.8."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_alone(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+
+class DecontaminateConfig(Section):
+    """Evaluation sets that training must not have seen."""
+
+    paths: tuple[str, ...] = ()
+    """JSONL or JSON files, of which every string is taken, or text files; globs allowed. Empty: nothing is checked."""
+    ngram: Annotated[int, Field(ge=2)] = 13
+    """A conversation that shares this many words in a row with an evaluation text is left out; a Chinese, Japanese or
+    Korean character is a word. 13 as for GPT-3 (Brown et al. 2020, appendix C)."""
 
 
 class DataConfig(Section):
@@ -77,6 +154,10 @@ class DataConfig(Section):
     """Share of examples kept out of training, chosen by seed, for the held-out loss."""
     max_heldout: Count = 64
     """At most this many held-out examples."""
+    dedup: DedupConfig = DedupConfig()
+    """Removal of duplicates; the method alone may stand here: `dedup: near`."""
+    decontaminate: DecontaminateConfig = DecontaminateConfig()
+    """Removal of what is in evaluation sets."""
 
 
 class PackingConfig(Section):
@@ -218,6 +299,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     construct: ConstructConfig = ConstructConfig()
     corpus: CorpusConfig = CorpusConfig()
+    mixture: MixtureConfig = MixtureConfig()
     data: DataConfig = DataConfig()
     packing: PackingConfig = PackingConfig()
     train: TrainConfig = TrainConfig()
