@@ -194,6 +194,7 @@ def _tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str,
         "example_id": pa.array([example.example_id for example in examples], pa.string()),
         "length": pa.array([example.length for example in examples], pa.int32()),
         "num_targets": pa.array([example.num_targets for example in examples], pa.int32()),
+        "sum_weights": pa.array([example.sum_weights for example in examples], pa.float64()),
         "file": pa.array([number] * len(examples), pa.int32()),
         "row": pa.array(range(len(examples)), pa.int32()),
     }
