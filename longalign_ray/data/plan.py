@@ -42,6 +42,8 @@ class StepPlan:
     """int64[steps]: M of Eq. 4, the sequences with a target in the whole step."""
     num_targets: np.ndarray
     """int64[steps]: target tokens of the whole step."""
+    sum_weights: np.ndarray
+    """float64[steps]: sum of their weights, by which the `token` loss is divided."""
     epoch: np.ndarray
     """int64[steps]: epoch of the step's first pack."""
     capacity: int
@@ -110,6 +112,7 @@ class StepPlan:
                 shape=self.shape,
                 num_sequences=self.num_sequences,
                 num_targets=self.num_targets,
+                sum_weights=self.sum_weights,
                 epoch=self.epoch,
                 scalars=np.array([self.capacity, self.seed, self.sp_degree]),
                 cost=np.array([self.cost.linear, self.cost.quadratic]),
@@ -191,6 +194,7 @@ def make_plan(
         shape=(num_steps, micro_steps, world_size),
         num_sequences=np.add.reduceat(targets > 0, step_starts, dtype=np.int64),
         num_targets=np.add.reduceat(targets, step_starts),
+        sum_weights=np.add.reduceat(index.sum_weights[rows], step_starts),
         epoch=epoch_of_pack[: num_steps * packs_per_step : packs_per_step],
         capacity=capacity,
         seed=seed,

@@ -22,21 +22,23 @@ SCHEMA = pa.schema(
     [
         ("example_id", pa.string()),
         ("input_ids", pa.large_list(pa.int32())),
-        ("loss_mask", pa.large_list(pa.uint8())),  # a byte a token: bits would have to be unpacked at each read
+        ("loss_weight", pa.large_list(pa.uint8())),  # per cent
     ]
 )
 ROWS_PER_BATCH = 1_024
+FULL_WEIGHT = 100
+"""loss_weight of a token that counts in full."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """One tokenised conversation. loss_mask[t] says that token t is a target."""
+    """One tokenised conversation. Token t is a target where loss_weight[t] > 0."""
 
     example_id: str
     input_ids: np.ndarray
     """int32[length]."""
-    loss_mask: np.ndarray
-    """bool[length]."""
+    loss_weight: np.ndarray
+    """uint8[length], per cent, so that weights in steps of 0.01 are exact."""
 
     @property
     def length(self) -> int:
@@ -45,7 +47,12 @@ class Example:
     @property
     def num_targets(self) -> int:
         """N_i: targets that something predicts, so not the first token."""
-        return int(np.count_nonzero(self.loss_mask[1:]))
+        return int(np.count_nonzero(self.loss_weight[1:]))
+
+    @property
+    def sum_weights(self) -> float:
+        """Sum of the targets' weights, in whole tokens."""
+        return int(self.loss_weight[1:].sum(dtype=np.int64)) / FULL_WEIGHT
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,10 +65,14 @@ class ExampleIndex:
     """int32[n]."""
     num_targets: np.ndarray
     """int32[n]."""
+    sum_weights: np.ndarray
+    """float64[n]: sum of the targets' weights, in whole tokens."""
     file: np.ndarray
     """int32[n]: number of the store file, as in part-00012.arrow."""
     row: np.ndarray
     """int32[n]: row in that file."""
+    source: np.ndarray
+    """object[n] of str: name of the corpus entry it came from."""
     heldout: np.ndarray
     """bool[n]: kept out of training."""
 
@@ -84,12 +95,12 @@ class ExampleIndex:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pack:
-    """Sequences laid end to end. No weights: they follow from the mask and the boundaries."""
+    """Sequences laid end to end. What a sequence counts follows from loss_weight and the boundaries."""
 
     input_ids: np.ndarray
     """int32[T]."""
-    loss_mask: np.ndarray
-    """bool[T]."""
+    loss_weight: np.ndarray
+    """uint8[T], per cent."""
     cu_seqlens: np.ndarray
     """int32[S+1], first 0, last T."""
     example_ids: tuple[str, ...]
@@ -100,7 +111,7 @@ class Pack:
         lengths = [example.length for example in examples]
         return Pack(
             input_ids=np.concatenate([example.input_ids for example in examples]),
-            loss_mask=np.concatenate([example.loss_mask for example in examples]),
+            loss_weight=np.concatenate([example.loss_weight for example in examples]),
             cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
             example_ids=tuple(example.example_id for example in examples),
         )
@@ -134,7 +145,7 @@ def _record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
     columns = [
         pa.array([example.example_id for example in examples], pa.string()),
         lists([example.input_ids for example in examples], np.int32),
-        lists([example.loss_mask for example in examples], np.uint8),
+        lists([example.loss_weight for example in examples], np.uint8),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
@@ -168,12 +179,12 @@ class BatchFile:
 
 
 def _example(batch: pa.RecordBatch, row: int) -> Example:
-    ids, mask = batch.column(1), batch.column(2)
+    ids, weights = batch.column(1), batch.column(2)
     first, last = ids.offsets[row].as_py(), ids.offsets[row + 1].as_py()
     return Example(
         batch.column(0)[row].as_py(),
         ids.values.slice(first, last - first).to_numpy(),
-        mask.values.slice(first, last - first).to_numpy().view(np.bool_),
+        weights.values.slice(first, last - first).to_numpy(),
     )
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from longalign_ray.data.conversation import Conversation, RecordError
-from longalign_ray.data.store import Example
+from longalign_ray.data.store import FULL_WEIGHT, Example
 from longalign_ray.data.template import Tokenizer
 
 Span = tuple[int, int]
@@ -53,7 +53,7 @@ def tokenize_conversation(
     num_cut = max(len(ids) - max_length, 0)
     if num_cut and too_long == "reject":
         raise RecordError("too_long", f"{len(ids)} tokens, and data.max_length = {max_length}")
-    example = Example(conversation.example_id, ids[:max_length], loss_mask[:max_length])
+    example = Example(conversation.example_id, ids[:max_length], loss_mask[:max_length].astype(np.uint8) * FULL_WEIGHT)
     if example.num_targets == 0:
         raise RecordError("no_target_left", f"all of the assistant's tokens lie beyond data.max_length = {max_length}")
     return example, num_cut

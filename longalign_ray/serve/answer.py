@@ -79,7 +79,7 @@ def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
         example, _ = tokenize_conversation(probe, tokenizer, max_length=2**31, too_long="reject")
     except RecordError:  # a template that cannot be trained on may still be served
         return tuple(ids)
-    last_target = int(example.input_ids[example.loss_mask][-1])
+    last_target = int(example.input_ids[example.loss_weight > 0][-1])
     if last_target in special_ids(tokenizer):
         ids.add(last_target)
     return tuple(sorted(ids))

@@ -58,7 +58,7 @@ def train_loop(
     num_tokens = plan.slot_tokens().sum(axis=(1, 2))
     for step in range(first_step, num_steps):
         started = time.perf_counter()
-        step_total = int((plan.num_sequences if config.loss == "sequence" else plan.num_targets)[step])
+        step_total = float((plan.num_sequences if config.loss == "sequence" else plan.sum_weights)[step])
         loss = torch.zeros((), device=engine.device)
         for micro_step in range(micro_steps):
             pack = packs.pack(step, micro_step, rank) or dummy_pack()

@@ -63,8 +63,10 @@ def quickstart_store(directory: Path, number: int) -> TokenStore:
         example_id=index.example_id[chosen],
         length=index.length[chosen],
         num_targets=index.num_targets[chosen],
+        sum_weights=index.sum_weights[chosen],
         file=np.zeros(len(chosen), np.int32),
         row=np.arange(len(chosen), dtype=np.int32),
+        source=index.source[chosen],
         heldout=np.zeros(len(chosen), np.bool_),
     ).save(store / "index.parquet")
     return TokenStore(store)
@@ -109,6 +111,7 @@ def one_a_rank_plan(store: TokenStore, packed: StepPlan) -> StepPlan:
         shape=(steps, micro_steps, groups),
         num_sequences=(targets > 0).sum(axis=1),
         num_targets=targets.sum(axis=1),
+        sum_weights=targets.sum(axis=1, dtype=np.float64),
     )
 
 

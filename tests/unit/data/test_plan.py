@@ -21,8 +21,10 @@ def make_index(lengths: list[int], *, targets: list[int] | None = None, heldout:
         example_id=np.array([f"e{i}" for i in range(n)], dtype=object),
         length=np.array(lengths, np.int32),
         num_targets=np.array(targets if targets is not None else [1] * n, np.int32),
+        sum_weights=np.array(targets if targets is not None else [1] * n, np.float64) / 2,
         file=np.zeros(n, np.int32),
         row=np.arange(n, dtype=np.int32),
+        source=np.full(n, "corpus", object),
         heldout=np.isin(np.arange(n), heldout),
     )
 
@@ -70,6 +72,7 @@ def test_totals_of_a_step_by_hand() -> None:
     assert plan.num_steps == 1
     assert plan.num_sequences.tolist() == [5]
     assert plan.num_targets.tolist() == [11]
+    assert plan.sum_weights.tolist() == [5.5]
 
 
 def test_totals_agree_with_the_slots(index: ExampleIndex) -> None:

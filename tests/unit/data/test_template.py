@@ -26,7 +26,7 @@ def test_prompt_is_a_prefix_of_the_training_example(tiny_model_dir: Path) -> Non
     talk = Conversation("x", (Message("user", "Hi"), Message("assistant", "Yo")), "test")
     example, _ = tokenize_conversation(talk, tokenizer, max_length=100, too_long="reject")
     assert example.input_ids[: len(prompt)].tolist() == prompt
-    assert example.loss_mask.tolist().index(True) == len(prompt)
+    assert example.loss_weight.tolist().index(100) == len(prompt)
 
 
 def test_directory_without_tokenizer_or_template(tiny_model_dir: Path, tmp_path: Path) -> None:

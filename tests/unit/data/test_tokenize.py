@@ -47,7 +47,7 @@ def tokenized(tokenizer: Tokenizer, *turns: str, max_length: int = 10_000) -> Ex
 
 def target_texts(tokenizer: Tokenizer, example: Example) -> list[str]:
     """Text of each run of targets."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], example.loss_mask.astype(np.int8), [0]])))
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], (example.loss_weight > 0).astype(np.int8), [0]])))
     return [tokenizer.decode(example.input_ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
@@ -72,7 +72,7 @@ def test_whole_text_is_the_template_rendering(tokenizer: Tokenizer) -> None:
     example = tokenized(tokenizer, "Hi", "Hello!")
     expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
     assert tokenizer.decode(example.input_ids) == expected
-    assert not example.loss_mask[-1]  # the newline after the end of the turn is the template's
+    assert example.loss_weight[-1] == 0  # the newline after the end of the turn is the template's
 
 
 def test_template_that_strips_and_adds_spaces(tokenizer: Tokenizer) -> None:
