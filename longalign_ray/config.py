@@ -15,6 +15,7 @@ warnings.filterwarnings("ignore", message='Field name "construct" in "RunConfig"
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
+Style = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 
 DEFAULT_SOURCE = "corpus"
 
@@ -76,9 +77,18 @@ class CorpusConfig(Section):
     """Where the conversations come from."""
 
     paths: tuple[str, ...] = ()
-    """JSONL files of `{"messages": [{"role", "content"}, ...]}`; globs allowed. Empty: the output of `construct`."""
+    """JSONL, JSON arrays or Parquet, each also .gz or .zst: paths, globs, s3:// and gs:// addresses, or data sets of
+    the Hugging Face hub (`org/name`, `hf://org/name?split=train`). Empty: the output of `construct`."""
     sources: dict[str, SourceConfig] = {}
     """Several named sources in place of `paths`, to be mixed: `{chat: {paths: [...], weight: 0.9}, long: {...}}`."""
+    style: Style = "auto"
+    """How the records are written (see data/record_styles.py); `auto` tells by their keys, record by record."""
+    role_order: Literal["alternate", "any"] = "alternate"
+    """`alternate`: a record in which a user's or an assistant's turn follows one of its own kind, or the assistant
+    begins, is broken; `any` takes such records as they are."""
+    storage_endpoint: str | None = None
+    """Address of the object store behind s3:// or gs:// paths where it is not Amazon's or Google's own, such as
+    http://minio:9000; none: AWS_ENDPOINT_URL or STORAGE_EMULATOR_HOST of the environment, if set."""
     max_bad_fraction: Fraction = 0.1
     """The run stops when more than this share of the records is broken (see rejects.jsonl)."""
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from longalign_ray.config import RunConfig
 from longalign_ray.config_load import dump_config, load_config
-from longalign_ray.errors import ConfigError, CorpusError, LongAlignError
+from longalign_ray.errors import ConfigError, LongAlignError
 from longalign_ray.model_source import local_model_dir
 from longalign_ray.run_dir import STAGES, Manifest, RunDir, digest
 
@@ -371,18 +371,11 @@ def _need(path: Path, stage: str) -> None:
 
 
 def _corpus_state(config: RunConfig) -> list[Any]:
-    """Name, size and time of each corpus file, so that a changed corpus is prepared anew."""
-    states = []
-    for pattern in config.corpus.paths:
-        for path in sorted(Path().glob(pattern)) if not Path(pattern).is_absolute() else [Path(pattern)]:
-            try:
-                status = path.stat()
-            except OSError as error:
-                if any(mark in pattern for mark in "*?["):
-                    continue  # an absolute glob: `prepare` expands it
-                raise CorpusError(f"corpus.paths: {path} cannot be read ({error.strerror}); check the path") from error
-            states.append((str(path), status.st_size, status.st_mtime_ns))
-    return states
+    """Name, size and version of each corpus file, so that a changed corpus is prepared anew."""
+    from longalign_ray.data.corpus_files import corpus_files
+
+    patterns = [path for source in config.corpus.named.values() for path in source.paths]
+    return [file.state for file in corpus_files(patterns, endpoint=config.corpus.storage_endpoint)]
 
 
 def _check_disk(config: RunConfig, run_dir: RunDir, model_dir: Path) -> None:

@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 
 from longalign_ray.config import DataConfig, RunConfig
 from longalign_ray.data.conversation import RecordError, parse_record
-from longalign_ray.data.corpus import CorpusSlice, corpus_files, cut_into_slices, read_lines
+from longalign_ray.data.corpus import CorpusSlice, corpus_files, cut_into_slices, read_records
 from longalign_ray.data.cost import sequence_cost
 from longalign_ray.data.packed import num_packed_files, write_layout, write_packed_file
 from longalign_ray.data.plan import StepPlan, make_plan
+from longalign_ray.data.record_styles import printable
 from longalign_ray.data.store import ExampleIndex, TokenStore, part_name, write_examples
 from longalign_ray.data.template import Tokenizer, load_tokenizer
 from longalign_ray.data.tokenize import tokenize_conversation
@@ -103,17 +104,20 @@ def _write_store(
     A slice whose files are all there is not read again: a killed `prepare` continues, and one with other packing
     settings starts from the tokens.
     """
-    slices = [part for path in corpus_files(corpus) for part in cut_into_slices(path)]
+    files = corpus_files(corpus, endpoint=config.corpus.storage_endpoint)
+    slices = [part for file in files for part in cut_into_slices(file)]
     if not slices:
         raise CorpusError(f"the corpus is empty: {', '.join(corpus)}; give files with one conversation a line")
     settings = {
         "data": config.data.model_dump(),
+        "style": config.corpus.style,
+        "role_order": config.corpus.role_order,
         "model_dir": str(model_dir.resolve()),
         "chat_template": config.model.chat_template,
         "store": str(run_dir.store.resolve()),
     }
     items = [{"number": number, **dataclasses.asdict(part)} for number, part in enumerate(slices)]
-    _keep_if_same(run_dir.store, digest(items, settings, _file_states(slices), _tokenizer_state(model_dir)))
+    _keep_if_same(run_dir.store, digest(items, settings, [file.state for file in files], _tokenizer_state(model_dir)))
     with progress("prepare: slices tokenised", len(slices)) as bar:
         for done, _ in enumerate(_each(items, _tokenise_slice, settings), 1):
             bar.advance(done)
@@ -141,12 +145,6 @@ def _keep_if_same(directory: Path, fingerprint: str) -> None:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         mark.write_text(fingerprint, encoding="utf-8")
-
-
-def _file_states(slices: Sequence[CorpusSlice]) -> list[tuple[str, int, int]]:
-    """Name, size and time of the corpus files."""
-    paths = sorted({part.path for part in slices})
-    return [(path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in paths]
 
 
 def _tokenizer_state(model_dir: Path) -> list[tuple[str, int, int]]:
@@ -177,15 +175,22 @@ def _tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str,
     data = DataConfig(**settings["data"])
     tokenizer = _cached_tokenizer(settings["model_dir"], settings["chat_template"])
     examples, rejects, counts = [], [], Counter(records=0, examples=0, cut_examples=0, cut_tokens=0)
-    for line_number, line in read_lines(part):
+    source = printable(part.path)
+    for line_number, record in read_records(part):
         counts["records"] += 1
         try:
-            conversation = parse_record(line, source=part.path, line_number=line_number)
+            conversation = parse_record(
+                record,
+                source=source,
+                line_number=line_number,
+                style=settings["style"],
+                role_order=settings["role_order"],
+            )
             example, num_cut = tokenize_conversation(
                 conversation, tokenizer, max_length=data.max_length, too_long=data.too_long
             )
         except RecordError as error:
-            rejects.append({"file": part.path, "line": line_number, "reason": error.reason, "detail": str(error)})
+            rejects.append({"file": source, "line": line_number, "reason": error.reason, "detail": str(error)})
             continue
         counts.update(examples=1, cut_examples=int(num_cut > 0), cut_tokens=num_cut)
         examples.append(example)
