@@ -132,7 +132,7 @@ class DedupConfig(Section):
     threshold: Annotated[float, Field(ge=0.1, le=1.0)] = 0.8
     """Share of word sequences in common, out of all that either has."""
     shingle_words: PositiveInt = 5
-    """Words of a sequence; a Chinese, Japanese or Korean character is a word."""
+    """Words of a sequence; a Chinese or Japanese character is a word."""
     num_permutations: Annotated[int, Field(ge=16, le=1_024)] = 128
     """Values of a signature, 4 bytes each. The estimate's standard error is sqrt(s (1 - s) / num_permutations): 0.035
     at a similarity of 0.8."""
@@ -149,8 +149,8 @@ class DecontaminateConfig(Section):
     paths: tuple[str, ...] = ()
     """JSONL or JSON files, of which every string is taken, or text files; globs allowed. Empty: nothing is checked."""
     ngram: Annotated[int, Field(ge=2)] = 13
-    """A conversation that shares this many words in a row with an evaluation text is left out; a Chinese, Japanese or
-    Korean character is a word. 13 as for GPT-3 (Brown et al. 2020, appendix C)."""
+    """A conversation that shares this many words in a row with an evaluation text is left out; a Chinese or Japanese
+    character is a word. 13 as for GPT-3 (Brown et al. 2020, appendix C)."""
 
 
 class DataConfig(Section):
