@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,10 +21,11 @@ from longalign_ray.config import DataConfig, RunConfig
 from longalign_ray.data.conversation import RecordError, parse_record
 from longalign_ray.data.corpus import CorpusSlice, corpus_files, cut_into_slices, read_records
 from longalign_ray.data.cost import sequence_cost
+from longalign_ray.data.example_ids import unique_ids
 from longalign_ray.data.packed import num_packed_files, write_layout, write_packed_file
 from longalign_ray.data.plan import StepPlan, make_plan
 from longalign_ray.data.record_styles import printable
-from longalign_ray.data.store import ExampleIndex, TokenStore, part_name, write_examples
+from longalign_ray.data.store import Example, ExampleIndex, TokenStore, part_name, write_examples
 from longalign_ray.data.template import Tokenizer, load_tokenizer
 from longalign_ray.data.tokenize import tokenize_conversation
 from longalign_ray.errors import CorpusError, ModelError
@@ -50,7 +51,7 @@ def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Sequ
     """
     load_tokenizer(model_dir, chat_template=config.model.chat_template)  # fails here rather than in every task
     table, counts, dropped = _write_store(config, run_dir, model_dir, corpus)
-    index = _index(table, config.data, config.seed)
+    index, counts["duplicate_ids"] = _index(table, config.data, config.seed)
     index.save(run_dir.store / "index.parquet")
     plan = plan_for(config, index, model_dir, world_size=config.train.num_workers)
     plan.save(run_dir.plan)
@@ -172,9 +173,35 @@ def _tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str,
     summary_file = store / f"part-{number:05d}.json"
     if summary_file.exists():
         return {"number": number}
+    rejects: list[dict[str, Any]] = []
+    counts = Counter(records=0, examples=0, cut_examples=0, cut_tokens=0)
+    rows: list[tuple[str, int, int, float]] = []
+
+    def noted() -> Iterator[Example]:
+        for example in _examples(part, settings, rejects, counts):
+            rows.append((example.example_id, example.length, example.num_targets, example.sum_weights))
+            yield example
+
+    write_examples(store / part_name(number), noted())
+    index = {
+        "example_id": pa.array([row[0] for row in rows], pa.string()),
+        "length": pa.array([row[1] for row in rows], pa.int32()),
+        "num_targets": pa.array([row[2] for row in rows], pa.int32()),
+        "sum_weights": pa.array([row[3] for row in rows], pa.float64()),
+        "file": pa.array([number] * len(rows), pa.int32()),
+        "row": pa.array(range(len(rows)), pa.int32()),
+    }
+    pq.write_table(pa.table(index), store / f"part-{number:05d}.parquet")
+    write_json(summary_file, {"rejects": rejects, "counts": counts})
+    return {"number": number}
+
+
+def _examples(
+    part: CorpusSlice, settings: dict[str, Any], rejects: list[dict[str, Any]], counts: Counter[str]
+) -> Iterator[Example]:
+    """The examples of a slice one by one; what is no example goes to rejects, and everything is counted."""
     data = DataConfig(**settings["data"])
     tokenizer = _cached_tokenizer(settings["model_dir"], settings["chat_template"])
-    examples, rejects, counts = [], [], Counter(records=0, examples=0, cut_examples=0, cut_tokens=0)
     source = printable(part.path)
     for line_number, record in read_records(part):
         counts["records"] += 1
@@ -193,19 +220,7 @@ def _tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str,
             rejects.append({"file": source, "line": line_number, "reason": error.reason, "detail": str(error)})
             continue
         counts.update(examples=1, cut_examples=int(num_cut > 0), cut_tokens=num_cut)
-        examples.append(example)
-    write_examples(store / part_name(number), examples)
-    index = {
-        "example_id": pa.array([example.example_id for example in examples], pa.string()),
-        "length": pa.array([example.length for example in examples], pa.int32()),
-        "num_targets": pa.array([example.num_targets for example in examples], pa.int32()),
-        "sum_weights": pa.array([example.sum_weights for example in examples], pa.float64()),
-        "file": pa.array([number] * len(examples), pa.int32()),
-        "row": pa.array(range(len(examples)), pa.int32()),
-    }
-    pq.write_table(pa.table(index), store / f"part-{number:05d}.parquet")
-    write_json(summary_file, {"rejects": rejects, "counts": counts})
-    return {"number": number}
+        yield example
 
 
 @lru_cache(maxsize=1)
@@ -226,9 +241,10 @@ def _check_rejects(
         raise CorpusError(f"the corpus has no usable conversation{'; first reject: ' + first if first else ''}")
 
 
-def _index(table: pa.Table, data: DataConfig, seed: int) -> ExampleIndex:
-    example_id = table["example_id"].to_numpy()
-    return ExampleIndex(
+def _index(table: pa.Table, data: DataConfig, seed: int) -> tuple[ExampleIndex, int]:
+    """The index, and the number of examples that had another's id."""
+    example_id, num_renamed = unique_ids(table["example_id"])
+    index = ExampleIndex(
         example_id=example_id,
         length=table["length"].to_numpy().astype(np.int32),
         num_targets=table["num_targets"].to_numpy().astype(np.int32),
@@ -238,6 +254,7 @@ def _index(table: pa.Table, data: DataConfig, seed: int) -> ExampleIndex:
         source=np.full(len(table), "corpus", dtype=object),
         heldout=choose_heldout(example_id, fraction=data.heldout_fraction, at_most=data.max_heldout, seed=seed),
     )
+    return index, num_renamed
 
 
 def choose_heldout(example_id: np.ndarray, *, fraction: float, at_most: int, seed: int) -> np.ndarray:

@@ -7,7 +7,7 @@ a rank reads its packs from one contiguous place. Suffixes: T tokens of a pack, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ SCHEMA = pa.schema(
     ]
 )
 ROWS_PER_BATCH = 1_024
+TOKENS_PER_BATCH = 1 << 20  # 5 MB
 FULL_WEIGHT = 100
 """loss_weight of a token that counts in full."""
 
@@ -130,9 +131,22 @@ def write_batches(path: Path, batches: Iterable[Sequence[Example]]) -> None:
     temporary.replace(path)
 
 
-def write_examples(path: Path, examples: Sequence[Example]) -> None:
-    """Writes a store file."""
-    write_batches(path, (examples[first : first + ROWS_PER_BATCH] for first in range(0, len(examples), ROWS_PER_BATCH)))
+def write_examples(path: Path, examples: Iterable[Example]) -> None:
+    """Writes a store file; of the examples only one record batch is held at a time."""
+    write_batches(path, _in_batches(examples))
+
+
+def _in_batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    held: list[Example] = []
+    num_tokens = 0
+    for example in examples:
+        held.append(example)
+        num_tokens += example.length
+        if len(held) == ROWS_PER_BATCH or num_tokens >= TOKENS_PER_BATCH:
+            yield held
+            held, num_tokens = [], 0
+    if held:
+        yield held
 
 
 def _record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
@@ -197,8 +211,12 @@ class TokenStore:
         self._files: dict[int, BatchFile] = {}
 
     def example(self, row: int) -> Example:
-        """The example of index row `row`. Raises PackFormatError where its file is missing or broken."""
+        """The example of index row `row`, with its name in the index, where names are unique.
+
+        Raises PackFormatError where its file is missing or broken.
+        """
         number = int(self.index.file[row])
         if number not in self._files:
             self._files[number] = BatchFile(self.directory / part_name(number))
-        return self._files[number].example(int(self.index.row[row]))
+        example = self._files[number].example(int(self.index.row[row]))
+        return Example(self.index.example_id[row], example.input_ids, example.loss_weight)

@@ -1,0 +1,34 @@
+"""Names of examples made unique over a corpus, so that a pack, a reject or a held-out set can point at one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+def unique_ids(names: pa.ChunkedArray) -> tuple[np.ndarray, int]:
+    """object[n] of str, and how many were renamed: the first of equal names keeps it, the others get #2, #3, ...
+
+    a b a a#2 a  ->  a b a#3 a#2 a#4
+    """
+    made = names.to_numpy(zero_copy_only=False)
+    if pc.count_distinct(names).as_py() == len(names):
+        return made, 0
+    counts = pc.value_counts(names)
+    repeated = pc.struct_field(counts, "values").filter(pc.greater(pc.struct_field(counts, "counts"), 1))
+    rows = np.flatnonzero(pc.is_in(names, value_set=repeated).to_numpy(zero_copy_only=False))
+    made = made.copy()
+    taken = set(made)
+    number: dict[str, int] = {}
+    num_renamed = 0
+    for row in rows:
+        name = made[row]
+        if name in number:
+            while (candidate := f"{name}#{number[name] + 1}") in taken:
+                number[name] += 1
+            made[row] = candidate
+            taken.add(candidate)
+            num_renamed += 1
+        number[name] = number.get(name, 0) + 1
+    return made, num_renamed
