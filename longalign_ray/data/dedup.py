@@ -1,7 +1,7 @@
 """Equal and similar conversations: what is compared, and which of them stays.
 
-Each example brings a hash of its text and, for `near`, a MinHash signature (datasketch); both are made where it is
-tokenised, and the driver decides on them alone, in the order of the corpus, so the result is the same for any number of
+Each example brings a fingerprint, made where it is tokenised: a hash of its text and, for `near`, a MinHash signature
+(datasketch). The driver decides on these alone, in the order of the corpus, so the result is the same for any number of
 workers. The first of a group stays: an example is left out where one that stays is equal or similar enough to it. So a
 chain of texts, each like the next, loses only those like a kept one.
 
@@ -25,6 +25,7 @@ from longalign_ray.data.conversation import Conversation
 from longalign_ray.data.words import hash_of, ngram_hashes, words
 from longalign_ray.errors import ConfigError
 
+HASH_BYTES = 16
 SHINGLES_AT_A_TIME = 16_384  # 8 MB at 128 permutations
 LSH_WEIGHTS = (0.1, 0.9)  # of false positives and negatives: candidates are checked, what is never met is lost
 
@@ -45,11 +46,23 @@ def check_dedup(config: DedupConfig) -> None:
         _datasketch()
 
 
+def fingerprint(conversation: Conversation, config: DedupConfig) -> bytes:
+    """The content hash and, for `near`, after it the signature; nothing where no duplicates are looked for."""
+    if config.method == "none":
+        return b""
+    return content_hash(conversation) + (signature(conversation, config) if config.method == "near" else b"")
+
+
+def fingerprint_bytes(config: DedupConfig) -> int:
+    """Length of a fingerprint."""
+    return {"none": 0, "exact": HASH_BYTES, "near": HASH_BYTES + 4 * config.num_permutations}[config.method]
+
+
 def content_hash(conversation: Conversation) -> bytes:
-    """16 bytes of the roles and texts, white space around them aside, of all but the system's turns."""
+    """A hash of the roles and texts, white space around them aside, of all but the system's turns."""
     turns = [[role, text.strip()] for role, text in _turns(conversation)]
     return hashlib.blake2b(
-        json.dumps(turns, ensure_ascii=False).encode("utf-8", "surrogatepass"), digest_size=16
+        json.dumps(turns, ensure_ascii=False).encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES
     ).digest()
 
 
@@ -70,17 +83,20 @@ def signature(conversation: Conversation, config: DedupConfig) -> bytes:
     return minhash.hashvalues.astype("<u4").tobytes()
 
 
-def find_duplicates(hashes: np.ndarray, signatures: np.ndarray | None, config: DedupConfig) -> Duplicates:
-    """What stays of the examples whose text hashes (S16[n]) and, for `near`, signatures (uint32[n, permutations]) are
-    given in the order of the corpus."""
+def find_duplicates(fingerprints: np.ndarray, config: DedupConfig) -> Duplicates:
+    """What stays of the examples whose fingerprints (uint8[n, fingerprint_bytes]) come in the order of the corpus."""
+    rows = np.arange(len(fingerprints))
+    if config.method == "none":
+        return Duplicates(rows, np.zeros(len(rows), np.bool_))
+    hashes = np.ascontiguousarray(fingerprints[:, :HASH_BYTES]).view(f"V{HASH_BYTES}").ravel()
     _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
     earliest = first[group]
-    equal = earliest != np.arange(len(hashes))
-    if config.method != "near" or signatures is None:
-        return Duplicates(earliest, equal)
-    kept = np.arange(len(hashes))
-    for row, similar in _similar_to_earlier(np.flatnonzero(~equal), signatures, config.threshold):
-        kept[row] = similar
+    equal = earliest != rows
+    kept = rows.copy()
+    if config.method == "near":
+        signatures = np.ascontiguousarray(fingerprints[:, HASH_BYTES:]).view("<u4")
+        for row, similar in _similar_to_earlier(np.flatnonzero(~equal), signatures, config.threshold):
+            kept[row] = similar
     return Duplicates(kept[earliest], equal)
 
 

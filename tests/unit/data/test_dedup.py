@@ -9,7 +9,14 @@ from longalign_ray.config import DedupConfig
 from longalign_ray.data import dedup
 from longalign_ray.data.conversation import Conversation, Message, parse_record
 from longalign_ray.data.corpus import corpus_files, cut_into_slices, read_records
-from longalign_ray.data.dedup import Duplicates, content_hash, find_duplicates, signature
+from longalign_ray.data.dedup import (
+    Duplicates,
+    content_hash,
+    find_duplicates,
+    fingerprint,
+    fingerprint_bytes,
+    signature,
+)
 from longalign_ray.data.words import ngram_hashes, words
 from longalign_ray.errors import ConfigError
 
@@ -24,11 +31,9 @@ def talk(*texts: str, system: str | None = None) -> Conversation:
 
 
 def find(conversations: list[Conversation], config: DedupConfig = NEAR) -> Duplicates:
-    hashes = np.array([content_hash(item) for item in conversations], dtype="S16")
-    if config.method != "near":
-        return find_duplicates(hashes, None, config)
-    rows = [np.frombuffer(signature(item, config), "<u4") for item in conversations]
-    return find_duplicates(hashes, np.stack(rows), config)
+    fingerprints = [np.frombuffer(fingerprint(item, config), np.uint8) for item in conversations]
+    assert {len(one) for one in fingerprints} == {fingerprint_bytes(config)}
+    return find_duplicates(np.stack(fingerprints), config)
 
 
 def test_the_hash_is_of_roles_and_texts_without_the_system() -> None:
@@ -51,6 +56,8 @@ def test_exact_keeps_the_first() -> None:
     found = find([talk(text, "yes") for text in "abacba"], DedupConfig(method="exact"))
     assert found.kept.tolist() == [0, 1, 0, 3, 1, 0]
     assert found.equal.tolist() == [False, False, True, False, True, True]
+    none = find([talk(text, "yes") for text in "aa"], DedupConfig())
+    assert (none.kept.tolist(), none.equal.tolist()) == ([0, 1], [False, False])
 
 
 def sentences(seed: int, number: int = 60) -> list[str]:
