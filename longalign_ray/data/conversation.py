@@ -14,6 +14,7 @@ __all__ = ["Conversation", "Message", "RecordError", "decode_record", "parse_rec
 
 RoleOrder = Literal["alternate", "any"]
 MAX_ID_CHARS = 200
+MAX_DEPTH = 50  # of tools and calls, which templates and encoders walk through recursively
 
 # Every name that corpora give a role -> ours. `call` is an assistant's turn whose content is a tool call.
 ROLES = {
@@ -231,7 +232,21 @@ def _decoded(value: Any, reason: str, place: str) -> Any:
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
     except (ValueError, TypeError) as error:
         raise RecordError(reason, f"{place} cannot be read as JSON: {error}") from error
+    if _is_deeper(value, MAX_DEPTH):
+        raise RecordError("too_deep", f"{place} is nested more than {MAX_DEPTH} levels deep")
     return value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    present = [value]
+    for _ in range(levels):
+        present = [
+            inner
+            for item in present
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+    return bool(present)
 
 
 def _label(value: Any) -> str | None:

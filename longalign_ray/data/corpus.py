@@ -60,10 +60,10 @@ def cut_into_slices(file: CorpusFile, *, slice_bytes: int = SLICE_BYTES) -> list
             first = _first_byte(file)
             if first in (b"", b"["):
                 return [_slice(file, 0, -1)] if first else []
+        if file.format == "parquet":
+            return _row_groups(file) if file.compression is None else [_slice(file, 0, -1)]
         if file.compression is not None:
             return [_slice(file, 0, -1)] if _first_byte(file) else []
-        if file.format == "parquet":
-            return _row_groups(file)
         return _cut_lines(file, slice_bytes)
 
 
@@ -132,13 +132,13 @@ def _row_groups(file: CorpusFile) -> list[CorpusSlice]:
 def _parquet(file: CorpusFile) -> Iterator[pq.ParquetFile]:
     """A Parquet file is read from its end, so that a compressed one goes through a temporary file."""
     if file.compression is None:
-        with open_random(file) as stream, pq.ParquetFile(stream, pre_buffer=False) as parquet:
+        with open_random(file) as stream, pq.ParquetFile(stream, buffer_size=CHUNK_BYTES, pre_buffer=False) as parquet:
             yield parquet
         return
     with tempfile.TemporaryFile() as plain:
         with open_plain(file) as stream:
             shutil.copyfileobj(stream, plain, CHUNK_BYTES)
-        with pq.ParquetFile(plain, pre_buffer=False) as parquet:
+        with pq.ParquetFile(plain, buffer_size=CHUNK_BYTES, pre_buffer=False) as parquet:
             yield parquet
 
 

@@ -31,6 +31,7 @@ KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
     "prompt_completion": (("prompt",), ("completion", "response", "chosen")),
     "text": (("text",),),
 }
+KNOWN_STYLES = ", or ".join(" and ".join(repr(group[0]) for group in groups) for groups in KEYS.values())
 OPTIONAL_KEYS = ("id", "tools", "system", "input", "context", "history", "chosen")
 ALL_KEYS = (*sorted({key for groups in KEYS.values() for group in groups for key in group}), *OPTIONAL_KEYS)
 
@@ -68,8 +69,7 @@ def take_apart(record: Any, style: Style) -> RecordParts:
     if style == "auto":
         name = next((name for name in KEYS if _fits(record, name)), None)
         if name is None:
-            known = "; ".join(f"{name}: {_needs(name)}" for name in KEYS)
-            raise RecordError("unknown_style", f"no known style: {_seen(record)}. Known styles: {known}")
+            raise RecordError("unknown_style", f"{_seen(record)}{_almost(record)}. A record has {KNOWN_STYLES}")
     elif not _fits(record, style):
         raise RecordError("unknown_style", f"corpus.style = {style} needs {_needs(style)}; {_seen(record)}")
     else:
@@ -107,6 +107,15 @@ def _fits(record: Record, style: str) -> bool:
 
 def _needs(style: str) -> str:
     return " and ".join(" or ".join(repr(key) for key in group) for group in KEYS[style])
+
+
+def _almost(record: Record) -> str:
+    """What the record lacks of a style of which it has a part."""
+    for name, groups in KEYS.items():
+        lacking = [group for group in groups if first_of(record, *group) is None]
+        if 0 < len(lacking) < len(groups):
+            return f"; {name} needs {' or '.join(map(repr, lacking[0]))} as well"
+    return ""
 
 
 def _seen(record: Record) -> str:

@@ -90,11 +90,12 @@ def refused(record: object, **settings) -> RecordError:
         ({"Conversations": []}, "did you mean 'conversations' for 'Conversations'"),
         ({"instructions": "a", "output": "b"}, "did you mean 'instruction' for 'instructions'"),
         ({"prompt": "a", "completions": "b"}, "did you mean 'completion' for 'completions'"),
-        ({"question": "a", "answer": "b"}, "the keys 'question', 'answer'. Known styles: messages"),
-        ({}, r"the keys (none). Known styles"),
+        ({"question": "a", "answer": "b"}, "the keys 'question', 'answer'. A record has 'messages', or "),
+        ({"prompt": "a", "completion": None}, "prompt_completion needs 'completion' or 'response' or 'chosen' as well"),
+        ({}, "the keys (none). A record has"),
         ({"messages": None}, "the keys 'messages'"),
         ({str(i): i for i in range(99)}, "and 87 more"),
-        ({"x" * 10_000: 1}, "x" * 40 + "'. Known"),
+        ({"x" * 10_000: 1}, "x" * 40 + "'. A record has 'messages', or 'conversations', or 'instruction' and 'output'"),
     ],
 )
 def test_other_records_are_refused_with_a_hint(record: object, hint: str) -> None:
