@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from longalign_ray.config import DedupConfig
 from longalign_ray.data.conversation import Conversation
@@ -98,6 +99,40 @@ def find_duplicates(fingerprints: np.ndarray, config: DedupConfig) -> Duplicates
         for row, similar in _similar_to_earlier(np.flatnonzero(~equal), signatures, config.threshold):
             kept[row] = similar
     return Duplicates(kept[earliest], equal)
+
+
+def without_duplicates(
+    table: pa.Table, paths: Sequence[str], config: DedupConfig
+) -> tuple[pa.Table, dict[int, list[dict[str, Any]]]]:
+    """The index rows of the examples that stay, and the rejects of each store file that has some.
+
+    `table` has the columns file, line, example_id and fingerprint; the rows of one record stand together and have one
+    fingerprint. paths[file] is where a store file's records came from.
+    """
+    if config.method == "none" or not len(table):
+        return table, {}
+    file, line = (table[name].to_numpy().astype(np.int64) for name in ("file", "line"))
+    starts = np.flatnonzero(np.concatenate([[True], (file[1:] != file[:-1]) | (line[1:] != line[:-1])]))
+    column = table["fingerprint"].take(starts).combine_chunks()
+    width = fingerprint_bytes(config)
+    values = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * width :][: len(column) * width]
+    found = find_duplicates(values.reshape(-1, width), config)
+    stays = found.kept == np.arange(len(starts))
+    rejects: dict[int, list[dict[str, Any]]] = {}
+    for record in np.flatnonzero(~stays).tolist():
+        row, kept = int(starts[record]), int(starts[found.kept[record]])
+        equal = bool(found.equal[record])
+        place = f"{table['example_id'][kept]} ({paths[file[kept]]}, line {line[kept]})"
+        reject = {
+            "file": paths[file[row]],
+            "line": int(line[row]),
+            "reason": "duplicate" if equal else "near_duplicate",
+            "detail": f"{'the text of' if equal else 'much like'} {place}, which is kept",
+            "kept": table["example_id"][kept].as_py(),
+        }
+        rejects.setdefault(int(file[row]), []).append(reject)
+    rows_of_record = np.diff(np.append(starts, len(table)))
+    return table.filter(pa.array(np.repeat(stays, rows_of_record))), rejects
 
 
 def _similar_to_earlier(rows: np.ndarray, signatures: np.ndarray, threshold: float) -> Iterator[tuple[int, int]]:

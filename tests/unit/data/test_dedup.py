@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from longalign_ray.config import DedupConfig
@@ -16,6 +17,7 @@ from longalign_ray.data.dedup import (
     fingerprint,
     fingerprint_bytes,
     signature,
+    without_duplicates,
 )
 from longalign_ray.data.words import ngram_hashes, words
 from longalign_ray.errors import ConfigError
@@ -58,6 +60,31 @@ def test_exact_keeps_the_first() -> None:
     assert found.equal.tolist() == [False, False, True, False, True, True]
     none = find([talk(text, "yes") for text in "aa"], DedupConfig())
     assert (none.kept.tolist(), none.equal.tolist()) == ([0, 1], [False, False])
+
+
+@pytest.mark.parametrize("config", [DedupConfig(method="exact"), NEAR])
+def test_rows_of_a_record_go_together(config: DedupConfig) -> None:
+    # (file, line, text): a record is one or more examples of the same line
+    rows = [(0, 1, "a"), (0, 1, "a"), (0, 2, "b"), (1, 1, "a"), (1, 1, "a"), (1, 2, "c"), (2, 5, "b"), (2, 6, "a")]
+    table = pa.table(
+        {
+            "example_id": [f"e{number}" for number in range(len(rows))],
+            "file": [file for file, _, _ in rows],
+            "line": [line for _, line, _ in rows],
+            "fingerprint": pa.array(
+                [fingerprint(talk(text, "yes"), config) for _, _, text in rows], pa.binary(fingerprint_bytes(config))
+            ),
+        }
+    )
+    for given in (table, pa.concat_tables([table.slice(0, 3), table.slice(3)])):
+        left, rejects = without_duplicates(given, ["x", "y", "z"], config)
+        assert left["example_id"].to_pylist() == ["e0", "e1", "e2", "e5"]
+        assert {file: [(r["file"], r["line"], r["kept"]) for r in of] for file, of in rejects.items()} == {
+            1: [("y", 1, "e0")],
+            2: [("z", 5, "e2"), ("z", 6, "e0")],
+        }
+        assert rejects[2][1]["detail"] == "the text of e0 (x, line 1), which is kept"
+    assert without_duplicates(table, ["x", "y", "z"], DedupConfig()) == (table, {})
 
 
 def sentences(seed: int, number: int = 60) -> list[str]:
