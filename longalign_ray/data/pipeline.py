@@ -120,8 +120,12 @@ def _write_store(
     items = [{"number": number, **dataclasses.asdict(part)} for number, part in enumerate(slices)]
     _keep_if_same(run_dir.store, digest(items, settings, [file.state for file in files], _tokenizer_state(model_dir)))
     with progress("prepare: slices tokenised", len(slices)) as bar:
-        for done, _ in enumerate(_each(items, _tokenise_slice, settings), 1):
+        problems = []
+        for done, row in enumerate(_each(items, _tokenise_slice, settings), 1):
+            problems += [row["problem"]] if row["problem"] else []
             bar.advance(done)
+    if problems:  # the slices that went well are kept
+        raise CorpusError("\n  ".join(sorted(problems)[:10]))
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     num_bad, first_rejects = 0, []
@@ -167,12 +171,15 @@ def _each(items: list[dict[str, Any]], function: Any, settings: dict[str, Any]) 
 
 
 def _tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Writes a slice's store file, its index rows (.parquet), and last its rejects and counts (.json)."""
+    """Writes a slice's store file, its index rows (.parquet), and last its rejects and counts (.json).
+
+    What stops it is in the result as `problem`, so that the other slices go on.
+    """
     number = item.pop("number")
     store, part = Path(settings["store"]), CorpusSlice(**item)
     summary_file = store / f"part-{number:05d}.json"
     if summary_file.exists():
-        return {"number": number}
+        return {"number": number, "problem": ""}
     rejects: list[dict[str, Any]] = []
     counts = Counter(records=0, examples=0, cut_examples=0, cut_tokens=0)
     rows: list[tuple[str, int, int, float]] = []
@@ -182,7 +189,12 @@ def _tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str,
             rows.append((example.example_id, example.length, example.num_targets, example.sum_weights))
             yield example
 
-    write_examples(store / part_name(number), noted())
+    try:
+        write_examples(store / part_name(number), noted())
+    except (CorpusError, OSError) as error:
+        (store / part_name(number)).with_suffix(".tmp").unlink(missing_ok=True)
+        where = "" if isinstance(error, CorpusError) else f"{store} cannot be written; is there space left? "
+        return {"number": number, "problem": f"{where}{error}"}
     index = {
         "example_id": pa.array([row[0] for row in rows], pa.string()),
         "length": pa.array([row[1] for row in rows], pa.int32()),
@@ -193,7 +205,7 @@ def _tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str,
     }
     pq.write_table(pa.table(index), store / f"part-{number:05d}.parquet")
     write_json(summary_file, {"rejects": rejects, "counts": counts})
-    return {"number": number}
+    return {"number": number, "problem": ""}
 
 
 def _examples(
