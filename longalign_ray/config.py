@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 # pydantic 1 had a method `construct`, which pydantic 2 keeps as a deprecated alias; our section may shadow it.
 warnings.filterwarnings("ignore", message='Field name "construct" in "RunConfig" shadows')
@@ -35,7 +35,8 @@ class ModelConfig(Section):
     """Precision of weights and activations; the optimizer keeps fp32 master weights either way. `auto`: bfloat16 on
     GPUs and on CPUs with bf16 instructions, else float32; the exported model is then bfloat16."""
     chat_template: str | None = None
-    """File with a Jinja chat template, for a tokenizer that has none of its own."""
+    """Chat template in place of the tokenizer's own: `chatml`, `llama-2` or `chatglm3-rounds` (the LongAlign paper's
+    formats), or a file with a Jinja template."""
 
 
 class ConstructConfig(Section):
@@ -158,8 +159,16 @@ class DataConfig(Section):
 
     max_length: PositiveInt = 4_096
     """Longest example in tokens."""
-    too_long: Literal["reject", "cut_right"] = "reject"
-    """What happens to a longer example: counted as a reject, or cut from the right and counted as cut."""
+    too_long: Literal["skip", "cut_right", "cut_left", "cut_middle", "error"] = "skip"
+    """What happens to a longer conversation. `skip`: counted as a reject; `cut_right`: its end is cut; `cut_left`: the
+    oldest exchanges go, then the beginning of the last question, but no system message; `cut_middle`: the middle of its
+    longest user message; `error`: the run stops. Cuts are counted. Documents without messages are cut into consecutive
+    examples instead."""
+    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    """Which turns are targets, with the token that ends each: the assistant's, its last, or all and the template's text
+    between them. A message with a `loss_weight` of its own is weighed by that."""
+    prompt_loss_weight: Fraction = 0.0
+    """Weight of all other tokens, in steps of 0.01."""
     heldout_fraction: Fraction = 0.05
     """Share of examples kept out of training, chosen by seed, for the held-out loss."""
     max_heldout: Count = 64
@@ -168,6 +177,15 @@ class DataConfig(Section):
     """Removal of duplicates; the method alone may stand here: `dedup: near`."""
     decontaminate: DecontaminateConfig = DecontaminateConfig()
     """Removal of what is in evaluation sets."""
+
+    @field_validator("prompt_loss_weight")
+    @classmethod
+    def _whole_per_cent(cls, value: float) -> float:
+        if abs(100 * value - round(100 * value)) > 1e-6:
+            raise ValueError(
+                f"data.prompt_loss_weight = {value} is no multiple of 0.01, in which the store keeps weights: round it"
+            )
+        return value
 
 
 class PackingConfig(Section):

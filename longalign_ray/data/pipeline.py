@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from longalign_ray.config import DataConfig, RunConfig
-from longalign_ray.data.conversation import RecordError, parse_record
+from longalign_ray.data.conversation import Conversation, RecordError, parse_record
 from longalign_ray.data.corpus import CorpusSlice, corpus_files, cut_into_slices, read_records
 from longalign_ray.data.cost import sequence_cost
 from longalign_ray.data.example_ids import unique_ids
@@ -26,13 +26,13 @@ from longalign_ray.data.packed import num_packed_files, write_layout, write_pack
 from longalign_ray.data.plan import StepPlan, make_plan
 from longalign_ray.data.record_styles import printable
 from longalign_ray.data.store import Example, ExampleIndex, TokenStore, part_name, write_examples
-from longalign_ray.data.template import Tokenizer, load_tokenizer
-from longalign_ray.data.tokenize import tokenize_conversation
+from longalign_ray.data.template import load_tokenizer
+from longalign_ray.data.tokenize import ConversationTokenizer
 from longalign_ray.errors import CorpusError, ModelError
 from longalign_ray.logs import progress
 from longalign_ray.run_dir import RunDir, digest, write_json
 
-NOT_BROKEN = ("too_long", "no_target_left")  # reasons that speak of a record's length, not of its quality
+NOT_BROKEN = ("too_long", "no_target_left", "no_target")  # a record that is well formed, but not of use here
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ def _tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str,
     if summary_file.exists():
         return {"number": number, "problem": ""}
     rejects: list[dict[str, Any]] = []
-    counts = Counter(records=0, examples=0, cut_examples=0, cut_tokens=0)
+    counts = Counter(records=0, examples=0, cut_examples=0, cut_tokens=0, text_pieces=0)
     rows: list[tuple[str, int, int, float]] = []
 
     def noted() -> Iterator[Example]:
@@ -212,32 +212,46 @@ def _examples(
     part: CorpusSlice, settings: dict[str, Any], rejects: list[dict[str, Any]], counts: Counter[str]
 ) -> Iterator[Example]:
     """The examples of a slice one by one; what is no example goes to rejects, and everything is counted."""
-    data = DataConfig(**settings["data"])
-    tokenizer = _cached_tokenizer(settings["model_dir"], settings["chat_template"])
+    maker = _cached_maker(settings["model_dir"], settings["chat_template"], json.dumps(settings["data"]))
     source = printable(part.path)
-    for line_number, record in read_records(part):
-        counts["records"] += 1
-        try:
-            conversation = parse_record(
-                record,
-                source=source,
-                line_number=line_number,
-                style=settings["style"],
-                role_order=settings["role_order"],
-            )
-            example, num_cut = tokenize_conversation(
-                conversation, tokenizer, max_length=data.max_length, too_long=data.too_long
-            )
-        except RecordError as error:
-            rejects.append({"file": source, "line": line_number, "reason": error.reason, "detail": str(error)})
+
+    def parsed() -> Iterator[tuple[int, Conversation | RecordError]]:
+        for line_number, record in read_records(part):
+            counts["records"] += 1
+            try:
+                yield (
+                    line_number,
+                    parse_record(
+                        record,
+                        source=source,
+                        line_number=line_number,
+                        style=settings["style"],
+                        role_order=settings["role_order"],
+                    ),
+                )
+            except RecordError as error:
+                yield line_number, error
+
+    for line_number, made in maker.many(parsed()):
+        if isinstance(made, RecordError):
+            if made.reason == "too_long" and settings["data"]["too_long"] == "error":
+                raise CorpusError(f"{source}, line {line_number}: {made}; raise it, or let data.too_long skip or cut")
+            rejects.append({"file": source, "line": line_number, "reason": made.reason, "detail": str(made)})
             continue
-        counts.update(examples=1, cut_examples=int(num_cut > 0), cut_tokens=num_cut)
-        yield example
+        counts.update(
+            examples=len(made.examples),
+            cut_examples=int(made.num_cut > 0),
+            cut_tokens=made.num_cut,
+            text_pieces=len(made.examples) if len(made.examples) > 1 else 0,
+        )
+        yield from made.examples
 
 
 @lru_cache(maxsize=1)
-def _cached_tokenizer(model_dir: str, chat_template: str | None) -> Tokenizer:
-    return load_tokenizer(model_dir, chat_template=chat_template)
+def _cached_maker(model_dir: str, chat_template: str | None, data: str) -> ConversationTokenizer:
+    return ConversationTokenizer(
+        load_tokenizer(model_dir, chat_template=chat_template), DataConfig.model_validate_json(data)
+    )
 
 
 def _check_rejects(
