@@ -191,8 +191,17 @@ class DataConfig(Section):
 class PackingConfig(Section):
     """From examples to packs."""
 
-    planner: Literal["best_fit", "naive"] = "best_fit"
-    """`best_fit`: best-fit-decreasing packs; `naive`: one example a pack."""
+    strategy: Literal["deal", "best_fit", "streaming", "next_fit", "sorted", "naive", "auto"] = "deal"
+    """`deal`: a random set of examples a step, dealt to the ranks by cost. Full packs, shuffled: `best_fit`,
+    `streaming` (in one pass), `next_fit` (the paper's). One example a pack: `sorted` (the paper's groups of like
+    length) and `naive`. `auto`: `deal` or `best_fit`, whichever comes nearer to ideal time."""
+    balance: Literal["auto", "lock_step", "sums", "none"] = "auto"
+    """When ranks wait for each other: in every micro-step (`lock_step`, ZeRO-2 and 3) or once a step (`sums`, ZeRO-0
+    and 1); `auto` goes by train.zero_stage. `none`: packs run in the order planned."""
+    fill: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Share of the capacity that `deal` fills. Empty room costs no time; less of it leaves less choice."""
+    group_size: PositiveInt = 8
+    """Examples of like length that `sorted` keeps together: one a rank."""
     capacity: PositiveInt = 4_096
     """Tokens in a pack at most."""
     packs_per_step: PositiveInt = 8
@@ -334,6 +343,13 @@ class RunConfig(Section):
     serve: ServeConfig = ServeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     ray: RayConfig = RayConfig()
+
+    @property
+    def balance(self) -> str:
+        """`packing.balance`, with `auto` resolved."""
+        if self.packing.balance != "auto":
+            return self.packing.balance
+        return "lock_step" if self.train.zero_stage >= 2 else "sums"
 
     @model_validator(mode="after")
     def _capacity_holds_longest(self) -> RunConfig:

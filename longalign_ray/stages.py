@@ -112,7 +112,7 @@ def prepare(config: RunConfig, run_dir: RunDir) -> Manifest:
 
 def train(config: RunConfig, run_dir: RunDir) -> Manifest:
     """Trains from the packed blocks; an interrupted run continues from its newest checkpoint."""
-    from longalign_ray.data.pipeline import plan_for
+    from longalign_ray.data.pipeline import plan_for, plan_settings
     from longalign_ray.data.plan import StepPlan
     from longalign_ray.data.store import ExampleIndex
     from longalign_ray.logs import read_metrics
@@ -123,10 +123,12 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
     def work() -> Manifest:
         model_dir = local_model_dir(config.model.path)
         _check_disk(config, run_dir, model_dir)
-        if StepPlan.load(run_dir.plan).world_size != config.train.num_workers:
+        plan, ranks = StepPlan.load(run_dir.plan), config.train.num_workers
+        if (plan.world_size, plan.balance) != (ranks, config.balance):
             index = ExampleIndex.load(run_dir.store / "index.parquet")
-            plan_for(config, index, model_dir, world_size=config.train.num_workers).save(run_dir.plan)
-            logger.info("train: planned anew for %d ranks; the steps stay the same", config.train.num_workers)
+            settings = plan_settings(config, world_size=ranks, strategy=plan.strategy)
+            plan_for(config, index, model_dir, settings).save(run_dir.plan)
+            logger.info("train: planned anew for %d ranks; the steps stay the same", ranks)
         mark = run_dir.root / "train" / "config_digest"
         current = stage_digest(config, run_dir, "train")
         if not mark.exists() or mark.read_text(encoding="utf-8") != current:
@@ -288,29 +290,6 @@ def stage_states(config: RunConfig, run_dir: RunDir) -> list[tuple[str, str]]:
         stale = stale or is_done(config, run_dir, stage) is None
         states.append((stage, "to do" if stale else "done"))
     return [*states, ("report", "to do")]
-
-
-def describe_plan(config: RunConfig, run_dir: RunDir) -> str:
-    """Table of the recipe's plan on several numbers of ranks: micro-steps, fill, and time over ideal time."""
-    from longalign_ray.data.pipeline import plan_for
-    from longalign_ray.data.store import ExampleIndex
-
-    _need(run_dir.store / "index.parquet", "prepare")
-    index = ExampleIndex.load(run_dir.store / "index.parquet")
-    model_dir = local_model_dir(config.model.path)
-    sizes = sorted(
-        {config.train.num_workers, *(2**power for power in range(4) if 2**power <= config.packing.packs_per_step)}
-    )
-    lines = [f"{'ranks':>6} {'steps':>6} {'micro-steps':>12} {'packs':>7} {'fill':>7} {'time / ideal':>13}"]
-    for world_size in sizes:
-        plan = plan_for(config, index, model_dir, world_size=world_size)
-        packs = int((plan.slot_tokens() > 0).sum())
-        mark = " <- recipe" if world_size == config.train.num_workers else ""
-        lines.append(
-            f"{world_size:>6} {plan.num_steps:>6} {plan.shape[1]:>12} {packs:>7} {plan.fill():>7.1%} "
-            f"{plan.imbalance():>13.3f}{mark}"
-        )
-    return "\n".join(lines)
 
 
 def _stage(config: RunConfig, run_dir: RunDir, stage: str, work: Callable[[], Manifest]) -> Manifest:

@@ -22,8 +22,9 @@ from longalign_ray.data.conversation import Conversation, RecordError, parse_rec
 from longalign_ray.data.corpus import CorpusSlice, corpus_files, cut_into_slices, read_records
 from longalign_ray.data.cost import sequence_cost
 from longalign_ray.data.example_ids import unique_ids
+from longalign_ray.data.make_plan import PlanSettings, make_plan
 from longalign_ray.data.packed import num_packed_files, write_layout, write_packed_file
-from longalign_ray.data.plan import StepPlan, make_plan
+from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.record_styles import printable
 from longalign_ray.data.store import Example, ExampleIndex, TokenStore, part_name, write_examples
 from longalign_ray.data.template import load_tokenizer
@@ -53,7 +54,7 @@ def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Sequ
     table, counts, dropped = _write_store(config, run_dir, model_dir, corpus)
     index, counts["duplicate_ids"] = _index(table, config.data, config.seed)
     index.save(run_dir.store / "index.parquet")
-    plan = plan_for(config, index, model_dir, world_size=config.train.num_workers)
+    plan = plan_for(config, index, model_dir, plan_settings(config, world_size=config.train.num_workers))
     plan.save(run_dir.plan)
     num_packs = _write_packed(run_dir, plan, steps_per_file=config.packing.steps_per_file)
     planned = set(plan.example_rows.tolist())
@@ -72,15 +73,21 @@ def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Sequ
     return Prepared(counts, dropped)
 
 
-def plan_for(config: RunConfig, index: ExampleIndex, model_dir: Path, *, world_size: int) -> StepPlan:
-    """The recipe's plan for a number of ranks."""
-    return make_plan(
-        index,
-        planner=config.packing.planner,
+def plan_for(config: RunConfig, index: ExampleIndex, model_dir: Path, settings: PlanSettings) -> StepPlan:
+    """The plan of the recipe's examples under `settings`."""
+    return make_plan(index, settings, cost=sequence_cost(model_shape(model_dir)))
+
+
+def plan_settings(config: RunConfig, *, world_size: int, strategy: str | None = None) -> PlanSettings:
+    """What the recipe says about its plan. A strategy that `auto` chose before is to be named, for equal steps."""
+    return PlanSettings(
+        strategy=strategy or config.packing.strategy,
+        balance=config.balance,
         capacity=config.packing.capacity,
         packs_per_step=config.packing.packs_per_step,
         world_size=world_size,
-        cost=sequence_cost(model_shape(model_dir)),
+        fill=config.packing.fill,
+        group_size=config.packing.group_size,
         seed=config.seed,
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,

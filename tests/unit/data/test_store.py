@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from longalign_ray.data.cost import SequenceCost
+from longalign_ray.data.make_plan import PlanSettings, make_plan
 from longalign_ray.data.packed import PackReader, num_packed_files, write_layout, write_packed_file
-from longalign_ray.data.plan import StepPlan, make_plan
+from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.store import BatchFile, Example, ExampleIndex, Pack, TokenStore, part_name, write_examples
 from longalign_ray.errors import PackFormatError, PlanMismatchError
 
@@ -80,15 +81,8 @@ def store(tmp_path: Path) -> TokenStore:
 
 
 def plan_for(store: TokenStore, world_size: int) -> StepPlan:
-    return make_plan(
-        store.index,
-        planner="best_fit",
-        capacity=64,
-        packs_per_step=5,
-        world_size=world_size,
-        cost=SequenceCost(1.0, 0.1),
-        seed=0,
-    )
+    settings = PlanSettings(strategy="best_fit", capacity=64, packs_per_step=5, world_size=world_size)
+    return make_plan(store.index, settings, cost=SequenceCost(1.0, 0.1))
 
 
 def write_packed(store: TokenStore, plan: StepPlan, directory: Path, *, steps_per_file: int = 3) -> None:
