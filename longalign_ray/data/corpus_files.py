@@ -20,6 +20,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pyarrow import fs
 
+from longalign_ray.data.record_styles import printable
 from longalign_ray.errors import CorpusError
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
@@ -101,7 +102,9 @@ def _matches(pattern: str, endpoint: str | None, problems: list[str]) -> Iterato
         problems.append(f"{pattern} matches no file; check the pattern")
     for path, problem, size, version in found:
         kind, compression = _format(path)
-        if problem:
+        if path != printable(path):
+            problems.append(f"{printable(path)} has a name that is not UTF-8; rename it")
+        elif problem:
             problems.append(f"{path} {problem}")
         elif kind is None:
             problems.append(f"{path} has none of the known endings ({SUFFIXES}); rename or convert it")

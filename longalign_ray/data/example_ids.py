@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 
 def unique_ids(names: pa.ChunkedArray) -> tuple[np.ndarray, int]:
@@ -13,11 +12,11 @@ def unique_ids(names: pa.ChunkedArray) -> tuple[np.ndarray, int]:
     a b a a#2 a  ->  a b a#3 a#2 a#4
     """
     made = names.to_numpy(zero_copy_only=False)
-    if pc.count_distinct(names).as_py() == len(names):
+    codes = names.combine_chunks().dictionary_encode().indices.to_numpy()
+    uses = np.bincount(codes)
+    if len(uses) == len(codes):
         return made, 0
-    counts = pc.value_counts(names)
-    repeated = pc.struct_field(counts, "values").filter(pc.greater(pc.struct_field(counts, "counts"), 1))
-    rows = np.flatnonzero(pc.is_in(names, value_set=repeated).to_numpy(zero_copy_only=False))
+    rows = np.flatnonzero(uses[codes] > 1)
     made = made.copy()
     taken = set(made)
     number: dict[str, int] = {}

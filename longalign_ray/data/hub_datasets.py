@@ -28,7 +28,7 @@ def read_hub_shard(address: str, shard: int) -> Iterator[tuple[int, Any]]:
 
 def _load(address: str) -> Any:
     path, _, query = address.removeprefix("hf://").partition("?")
-    arguments = {"split": "train", **dict(parse_qsl(query))}
+    arguments: dict[str, Any] = {"split": "train", **dict(parse_qsl(query))}
     if unknown := set(arguments) - set(ARGUMENTS):
         raise CorpusError(f"corpus.paths: {address} has the argument {min(unknown)!r}; known: {', '.join(ARGUMENTS)}")
     try:

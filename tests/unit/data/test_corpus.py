@@ -224,6 +224,12 @@ def test_patterns_are_sorted_and_every_problem_named(tmp_path: Path) -> None:
         assert problem in message
 
 
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).touch()
+    with pytest.raises(CorpusError, match=r"caf\\udce9\.jsonl has a name that is not UTF-8; rename it"):
+        corpus_files([f"{tmp_path}/*.jsonl"])
+
+
 def test_only_the_first_problems_are_listed(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="and 5 more"):
         corpus_files([f"{tmp_path}/{number}.jsonl" for number in range(15)])
