@@ -19,7 +19,7 @@ HELP = {
     "run": "all stages in order, skipping those that are done",
     "construct": "make long instruction data from documents",
     "prepare": "tokenise the corpus, plan packs, write packed blocks",
-    "plan": "show the plan: steps, fill, and balance for several numbers of ranks",
+    "plan": "steps, fill and balance of a plan, beside the paper's and the naive one; from a recipe or from lengths",
     "train": "train; an interrupted run continues where it stopped",
     "export": "write the newest checkpoint as a Hugging Face directory",
     "serve": "serve the base and the aligned model behind an OpenAI-compatible endpoint",
@@ -58,12 +58,31 @@ def _parser() -> argparse.ArgumentParser:
     subcommands = parser.add_subparsers(dest="command", required=True)
     for name, help_text in HELP.items():
         command = subcommands.add_parser(name, help=help_text, description=help_text)
-        command.add_argument("recipe", nargs="?" if name == "doctor" else None, help="YAML file")
+        command.add_argument("recipe", nargs="?" if name in ("doctor", "plan") else None, help="YAML file")
         command.add_argument(
             "overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's"
         )
         command.add_argument("--dry-run", action="store_true", help="check the recipe and say what would be done")
+        if name == "plan":
+            _plan_arguments(command)
     return parser
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    strategies = ("deal", "best_fit", "streaming", "next_fit", "sorted", "naive", "auto")
+    parser.add_argument("--lengths", metavar="FILE.npy", help="tokens of each sequence, in place of a recipe")
+    parser.add_argument("--model", metavar="CONFIG.json", help="model whose cost counts (--lengths: Llama-2-7B)")
+    parser.add_argument("--capacity", type=int, metavar="N", help="tokens that a rank holds in a micro-step")
+    parser.add_argument("--world-size", type=int, metavar="R", help="ranks (--lengths: 8)")
+    parser.add_argument("--micro-steps", type=int, metavar="K", help="micro-steps of an optimizer step (--lengths: 1)")
+    parser.add_argument("--sp", type=int, default=1, metavar="P", help="ranks that share a pack (1)")
+    parser.add_argument("--seed", type=int, metavar="S", help="seed of the order (--lengths: 0)")
+    parser.add_argument("--strategy", choices=strategies, help="(--lengths: deal)")
+    parser.add_argument("--balance", choices=("lock_step", "sums", "none"), help="(--lengths: lock_step)")
+    parser.add_argument("--fill", type=float, metavar="F", help="share of the room that deal fills (0.9)")
+    parser.add_argument("--tflops", type=float, default=200, metavar="T", help="TFLOP/s of a rank, assumed (200)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--out", metavar="plan.npz", help="write the plan")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -73,10 +92,12 @@ def _run(arguments: argparse.Namespace) -> int:
         return _doctor(arguments)
     if arguments.dry_run:
         return _dry_run(arguments)
-    config, run_dir = stages.open_run(arguments.recipe, arguments.overrides)
     if arguments.command == "plan":
-        print(stages.describe_plan(config, run_dir))
+        from longalign_ray.plan_command import describe_plan
+
+        print(describe_plan(arguments))
         return 0
+    config, run_dir = stages.open_run(arguments.recipe, arguments.overrides)
     result = getattr(stages, arguments.command)(config, run_dir)
     if arguments.command in ("run", "report"):
         from longalign_ray.evaluate.report import summary_table

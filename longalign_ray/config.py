@@ -6,15 +6,18 @@ Paths are relative to the directory in which the command runs. Functions below t
 from __future__ import annotations
 
 import warnings
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 # pydantic 1 had a method `construct`, which pydantic 2 keeps as a deprecated alias; our section may shadow it.
 warnings.filterwarnings("ignore", message='Field name "construct" in "RunConfig" shadows')
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
+Style = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+
+DEFAULT_SOURCE = "corpus"
 
 
 class Section(BaseModel):
@@ -32,7 +35,8 @@ class ModelConfig(Section):
     """Precision of weights and activations; the optimizer keeps fp32 master weights either way. `auto`: bfloat16 on
     GPUs and on CPUs with bf16 instructions, else float32; the exported model is then bfloat16."""
     chat_template: str | None = None
-    """File with a Jinja chat template, for a tokenizer that has none of its own."""
+    """Chat template in place of the tokenizer's own: `chatml`, `llama-2` or `chatglm3-rounds` (the LongAlign paper's
+    formats), or a file with a Jinja template."""
 
 
 class ConstructConfig(Section):
@@ -57,13 +61,97 @@ class ConstructConfig(Section):
         return self
 
 
+class SourceConfig(Section):
+    """One named part of the corpus."""
+
+    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Files or patterns, as in `corpus.paths`."""
+    weight: Annotated[float, Field(ge=0.0)] | None = None
+    """Its share of an epoch relative to the other sources', by `mixture.by`; every source has a weight or none has."""
+    repeat: PositiveFloat = 1.0
+    """Passes over it in an epoch; with weights, the most passes. 1.5: every example once, half of them twice."""
+    max_examples: PositiveInt | None = None
+    """At most this many different examples of it are used, chosen by seed, the same ones in every epoch."""
+
+
 class CorpusConfig(Section):
     """Where the conversations come from."""
 
     paths: tuple[str, ...] = ()
-    """JSONL files of `{"messages": [{"role", "content"}, ...]}`; globs allowed. Empty: the output of `construct`."""
+    """JSONL, JSON arrays or Parquet, each also .gz or .zst: paths, globs, s3:// and gs:// addresses, or data sets of
+    the Hugging Face hub (`org/name`, `hf://org/name?split=train`). Empty: the output of `construct`."""
+    sources: dict[str, SourceConfig] = {}
+    """Several named sources in place of `paths`, to be mixed: `{chat: {paths: [...], weight: 0.9}, long: {...}}`."""
+    style: Style = "auto"
+    """How the records are written (see data/record_styles.py); `auto` tells by their keys, record by record."""
+    role_order: Literal["alternate", "any"] = "alternate"
+    """`alternate`: a record in which a user's or an assistant's turn follows one of its own kind, or the assistant
+    begins, is broken; `any` takes such records as they are."""
+    storage_endpoint: str | None = None
+    """Address of the object store behind s3:// or gs:// paths where it is not Amazon's or Google's own, such as
+    http://minio:9000; none: AWS_ENDPOINT_URL or STORAGE_EMULATOR_HOST of the environment, if set."""
     max_bad_fraction: Fraction = 0.1
     """The run stops when more than this share of the records is broken (see rejects.jsonl)."""
+
+    @model_validator(mode="after")
+    def _sources(self) -> CorpusConfig:
+        if self.paths and self.sources:
+            raise ValueError("corpus.sources and corpus.paths are both given: name the paths as one more source")
+        weights = [source.weight for source in self.sources.values() if source.weight is not None]
+        if weights and len(weights) < len(self.sources):
+            without = ", ".join(name for name, source in self.sources.items() if source.weight is None)
+            raise ValueError(f"corpus.sources has weights, but not for {without}: give each source a weight, or none")
+        if weights and sum(weights) == 0:
+            raise ValueError("corpus.sources has the weight 0 everywhere: give at least one source a weight above 0")
+        return self
+
+    @property
+    def named(self) -> dict[str, SourceConfig]:
+        """All sources by name; `paths` are one that is called `corpus`. Empty where neither is given."""
+        return {DEFAULT_SOURCE: SourceConfig(paths=self.paths)} if self.paths else self.sources
+
+
+class MixtureConfig(Section):
+    """How the sources of the corpus make up an epoch; see data/mixture.py for the rules of rounding."""
+
+    by: Literal["examples", "tokens"] = "examples"
+    """What the weights of `corpus.sources` share out."""
+    max_long_examples: Count | None = None
+    """At most this many different examples of `long_from` tokens or more, over all sources, chosen by seed. A smaller
+    number takes a part of a larger one's, as in the paper's Table 2: 0, 5_000 or 10_000 long ones beside all short
+    ones (LongAlign-0k, -5k and -10k: 3.73, 5.97 and 6.21 points on LongBench-Chat)."""
+    long_from: PositiveInt = 8_192
+    """Tokens from which an example counts as long; the paper's long examples have 8k to 64k tokens."""
+
+
+class DedupConfig(Section):
+    """Which of several equal or similar conversations is left out: all but the first in the order of the corpus."""
+
+    method: Literal["none", "exact", "near"] = "none"
+    """`exact`: equal text of all turns but the system's; `near`: also a Jaccard similarity of `threshold` or more,
+    estimated by MinHash (needs the extra `dedup`)."""
+    threshold: Annotated[float, Field(ge=0.1, le=1.0)] = 0.8
+    """Share of word sequences in common, out of all that either has."""
+    shingle_words: PositiveInt = 5
+    """Words of a sequence; a Chinese or Japanese character is a word."""
+    num_permutations: Annotated[int, Field(ge=16, le=1_024)] = 128
+    """Values of a signature, 4 bytes each. The estimate's standard error is sqrt(s (1 - s) / num_permutations): 0.035
+    at a similarity of 0.8."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_alone(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+
+class DecontaminateConfig(Section):
+    """Evaluation sets that training must not have seen."""
+
+    paths: tuple[str, ...] = ()
+    """JSONL or JSON files, of which every string is taken, or text files; globs allowed. Empty: nothing is checked."""
+    ngram: Annotated[int, Field(ge=2)] = 13
+    """A conversation that shares this many words in a row with an evaluation text is left out; a Chinese or Japanese
+    character is a word. 13 as for GPT-3 (Brown et al. 2020, appendix C)."""
 
 
 class DataConfig(Section):
@@ -71,19 +159,49 @@ class DataConfig(Section):
 
     max_length: PositiveInt = 4_096
     """Longest example in tokens."""
-    too_long: Literal["reject", "cut_right"] = "reject"
-    """What happens to a longer example: counted as a reject, or cut from the right and counted as cut."""
+    too_long: Literal["skip", "cut_right", "cut_left", "cut_middle", "error"] = "skip"
+    """What happens to a longer conversation. `skip`: counted as a reject; `cut_right`: its end is cut; `cut_left`: the
+    oldest exchanges go, then the beginning of the last question, but no system message; `cut_middle`: the middle of its
+    longest user message; `error`: the run stops. Cuts are counted. Documents without messages are cut into consecutive
+    examples instead."""
+    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    """Which turns are targets, with the token that ends each: the assistant's, its last, or all and the template's text
+    between them. A message with a `loss_weight` of its own is weighed by that."""
+    prompt_loss_weight: Fraction = 0.0
+    """Weight of all other tokens, in steps of 0.01."""
     heldout_fraction: Fraction = 0.05
     """Share of examples kept out of training, chosen by seed, for the held-out loss."""
     max_heldout: Count = 64
     """At most this many held-out examples."""
+    dedup: DedupConfig = DedupConfig()
+    """Removal of duplicates; the method alone may stand here: `dedup: near`."""
+    decontaminate: DecontaminateConfig = DecontaminateConfig()
+    """Removal of what is in evaluation sets."""
+
+    @field_validator("prompt_loss_weight")
+    @classmethod
+    def _whole_per_cent(cls, value: float) -> float:
+        if abs(100 * value - round(100 * value)) > 1e-6:
+            raise ValueError(
+                f"data.prompt_loss_weight = {value} is no multiple of 0.01, in which the store keeps weights: round it"
+            )
+        return value
 
 
 class PackingConfig(Section):
     """From examples to packs."""
 
-    planner: Literal["best_fit", "naive"] = "best_fit"
-    """`best_fit`: best-fit-decreasing packs; `naive`: one example a pack."""
+    strategy: Literal["deal", "best_fit", "streaming", "next_fit", "sorted", "naive", "auto"] = "deal"
+    """`deal`: a random set of examples a step, dealt to the ranks by cost. Full packs, shuffled: `best_fit`,
+    `streaming` (in one pass), `next_fit` (the paper's). One example a pack: `sorted` (the paper's groups of like
+    length) and `naive`. `auto`: `deal` or `best_fit`, whichever comes nearer to ideal time."""
+    balance: Literal["auto", "lock_step", "sums", "none"] = "auto"
+    """When ranks wait for each other: in every micro-step (`lock_step`, ZeRO-2 and 3) or once a step (`sums`, ZeRO-0
+    and 1); `auto` goes by train.zero_stage. `none`: packs run in the order planned."""
+    fill: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Share of the capacity that `deal` fills. Empty room costs no time; less of it leaves less choice."""
+    group_size: PositiveInt = 8
+    """Examples of like length that `sorted` keeps together: one a rank."""
     capacity: PositiveInt = 4_096
     """Tokens in a pack at most."""
     packs_per_step: PositiveInt = 8
@@ -218,12 +336,20 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     construct: ConstructConfig = ConstructConfig()
     corpus: CorpusConfig = CorpusConfig()
+    mixture: MixtureConfig = MixtureConfig()
     data: DataConfig = DataConfig()
     packing: PackingConfig = PackingConfig()
     train: TrainConfig = TrainConfig()
     serve: ServeConfig = ServeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     ray: RayConfig = RayConfig()
+
+    @property
+    def balance(self) -> str:
+        """`packing.balance`, with `auto` resolved."""
+        if self.packing.balance != "auto":
+            return self.packing.balance
+        return "lock_step" if self.train.zero_stage >= 2 else "sums"
 
     @model_validator(mode="after")
     def _capacity_holds_longest(self) -> RunConfig:

@@ -19,7 +19,7 @@ from typing import Any
 
 from longalign_ray.config import RunConfig
 from longalign_ray.config_load import dump_config, load_config
-from longalign_ray.errors import ConfigError, CorpusError, LongAlignError
+from longalign_ray.errors import ConfigError, LongAlignError
 from longalign_ray.model_source import local_model_dir
 from longalign_ray.run_dir import STAGES, Manifest, RunDir, digest
 
@@ -113,7 +113,7 @@ def prepare(config: RunConfig, run_dir: RunDir) -> Manifest:
 
 def train(config: RunConfig, run_dir: RunDir) -> Manifest:
     """Trains from the packed blocks; an interrupted run continues from its newest checkpoint."""
-    from longalign_ray.data.pipeline import plan_for
+    from longalign_ray.data.pipeline import plan_for, plan_settings
     from longalign_ray.data.plan import StepPlan
     from longalign_ray.data.store import ExampleIndex
     from longalign_ray.logs import read_metrics
@@ -124,10 +124,12 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
     def work() -> Manifest:
         model_dir = local_model_dir(config.model.path)
         _check_disk(config, run_dir, model_dir)
-        if StepPlan.load(run_dir.plan).world_size != config.train.num_workers:
+        plan, ranks = StepPlan.load(run_dir.plan), config.train.num_workers
+        if (plan.world_size, plan.balance) != (ranks, config.balance):
             index = ExampleIndex.load(run_dir.store / "index.parquet")
-            plan_for(config, index, model_dir, world_size=config.train.num_workers).save(run_dir.plan)
-            logger.info("train: planned anew for %d ranks; the steps stay the same", config.train.num_workers)
+            settings = plan_settings(config, world_size=ranks, strategy=plan.strategy)
+            plan_for(config, index, model_dir, settings).save(run_dir.plan)
+            logger.info("train: planned anew for %d ranks; the steps stay the same", ranks)
         mark = run_dir.root / "train" / "config_digest"
         current = stage_digest(config, run_dir, "train")
         if not mark.exists() or mark.read_text(encoding="utf-8") != current:
@@ -291,29 +293,6 @@ def stage_states(config: RunConfig, run_dir: RunDir) -> list[tuple[str, str]]:
     return [*states, ("report", "to do")]
 
 
-def describe_plan(config: RunConfig, run_dir: RunDir) -> str:
-    """Table of the recipe's plan on several numbers of ranks: micro-steps, fill, and time over ideal time."""
-    from longalign_ray.data.pipeline import plan_for
-    from longalign_ray.data.store import ExampleIndex
-
-    _need(run_dir.store / "index.parquet", "prepare")
-    index = ExampleIndex.load(run_dir.store / "index.parquet")
-    model_dir = local_model_dir(config.model.path)
-    sizes = sorted(
-        {config.train.num_workers, *(2**power for power in range(4) if 2**power <= config.packing.packs_per_step)}
-    )
-    lines = [f"{'ranks':>6} {'steps':>6} {'micro-steps':>12} {'packs':>7} {'fill':>7} {'time / ideal':>13}"]
-    for world_size in sizes:
-        plan = plan_for(config, index, model_dir, world_size=world_size)
-        packs = int((plan.slot_tokens() > 0).sum())
-        mark = " <- recipe" if world_size == config.train.num_workers else ""
-        lines.append(
-            f"{world_size:>6} {plan.num_steps:>6} {plan.shape[1]:>12} {packs:>7} {plan.fill():>7.1%} "
-            f"{plan.imbalance():>13.3f}{mark}"
-        )
-    return "\n".join(lines)
-
-
 def _stage(config: RunConfig, run_dir: RunDir, stage: str, work: Callable[[], Manifest]) -> Manifest:
     if (done := is_done(config, run_dir, stage)) is not None:
         logger.info("%s: done before, %.0f s", stage, done.seconds)
@@ -372,18 +351,11 @@ def _need(path: Path, stage: str) -> None:
 
 
 def _corpus_state(config: RunConfig) -> list[Any]:
-    """Name, size and time of each corpus file, so that a changed corpus is prepared anew."""
-    states = []
-    for pattern in config.corpus.paths:
-        for path in sorted(Path().glob(pattern)) if not Path(pattern).is_absolute() else [Path(pattern)]:
-            try:
-                status = path.stat()
-            except OSError as error:
-                if any(mark in pattern for mark in "*?["):
-                    continue  # an absolute glob: `prepare` expands it
-                raise CorpusError(f"corpus.paths: {path} cannot be read ({error.strerror}); check the path") from error
-            states.append((str(path), status.st_size, status.st_mtime_ns))
-    return states
+    """Name, size and version of each corpus file, so that a changed corpus is prepared anew."""
+    from longalign_ray.data.corpus_files import corpus_files
+
+    patterns = [path for source in config.corpus.named.values() for path in source.paths]
+    return [file.state for file in corpus_files(patterns, endpoint=config.corpus.storage_endpoint)]
 
 
 def _check_disk(config: RunConfig, run_dir: RunDir, model_dir: Path) -> None:

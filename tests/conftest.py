@@ -13,6 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("AWS_ACCESS_KEY_ID", "test")  # before Ray starts, so that its workers have them too
+os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "test")
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

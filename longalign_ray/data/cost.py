@@ -22,6 +22,10 @@ class SequenceCost:
         return self.linear * exact + self.quadratic * exact * exact
 
 
+LLAMA_2_7B = SequenceCost(linear=6 * 6.738e9, quadratic=6 * 32 * 4_096)
+"""By all its parameters, embedding and head too: for lengths that come without a model."""
+
+
 def sequence_cost(model: Mapping[str, Any]) -> SequenceCost:
     """The cost under a model with this Hugging Face config.
 

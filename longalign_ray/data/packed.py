@@ -18,8 +18,8 @@ def num_packed_files(plan: StepPlan, steps_per_file: int) -> int:
     return -(-plan.num_steps // steps_per_file)
 
 
-def write_packed_file(store: TokenStore, plan: StepPlan, number: int, *, steps_per_file: int, directory: Path) -> int:
-    """Writes the slots of steps number * steps_per_file and on, an empty slot as an empty batch; returns its packs."""
+def write_packed_file(store: TokenStore, plan: StepPlan, number: int, *, steps_per_file: int, directory: Path) -> None:
+    """Writes the slots of steps number * steps_per_file and on, an empty slot as an empty batch."""
     steps, micro_steps, groups = plan.shape
     first = number * steps_per_file
     slots = [
@@ -30,7 +30,6 @@ def write_packed_file(store: TokenStore, plan: StepPlan, number: int, *, steps_p
     ]
     batches = ([store.example(row) for row in rows.tolist()] for rows in slots)
     write_batches(directory / part_name(number), batches)
-    return sum(len(rows) > 0 for rows in slots)
 
 
 def write_layout(directory: Path, plan: StepPlan, *, steps_per_file: int) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,21 +15,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from longalign_ray.config import DataConfig, RunConfig
-from longalign_ray.data.conversation import RecordError, parse_record
-from longalign_ray.data.corpus import CorpusSlice, corpus_files, cut_into_slices, read_lines
+from longalign_ray.data.conversation import Conversation, RecordError, parse_record
+from longalign_ray.data.corpus import CorpusSlice, corpus_files, cut_into_slices, read_records
 from longalign_ray.data.cost import sequence_cost
+from longalign_ray.data.example_ids import unique_ids
+from longalign_ray.data.make_plan import PlanSettings, make_plan
 from longalign_ray.data.packed import num_packed_files, write_layout, write_packed_file
-from longalign_ray.data.plan import StepPlan, make_plan
-from longalign_ray.data.store import ExampleIndex, TokenStore, part_name, write_examples
-from longalign_ray.data.template import Tokenizer, load_tokenizer
-from longalign_ray.data.tokenize import tokenize_conversation
+from longalign_ray.data.plan import StepPlan
+from longalign_ray.data.record_styles import printable
+from longalign_ray.data.store import Example, ExampleIndex, TokenStore, part_name, write_examples
+from longalign_ray.data.template import load_tokenizer
+from longalign_ray.data.tokenize import ConversationTokenizer
 from longalign_ray.errors import CorpusError, ModelError
 from longalign_ray.logs import progress
-from longalign_ray.run_dir import RunDir
+from longalign_ray.run_dir import RunDir, digest, write_json
 
-NOT_BROKEN = ("too_long", "no_target_left")  # reasons that speak of a record's length, not of its quality
+NOT_BROKEN = ("too_long", "no_target_left", "no_target")  # a record that is well formed, but not of use here
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +51,10 @@ def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Sequ
     it is broken; ModelError where the model has no tokenizer or chat template.
     """
     load_tokenizer(model_dir, chat_template=config.model.chat_template)  # fails here rather than in every task
-    for directory in (run_dir.store, run_dir.packed):
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-    parts, counts, dropped = _write_store(config, run_dir, model_dir, corpus)
-    index = _index(parts, config.data, config.seed)
+    table, counts, dropped = _write_store(config, run_dir, model_dir, corpus)
+    index, counts["duplicate_ids"] = _index(table, config.data, config.seed)
     index.save(run_dir.store / "index.parquet")
-    plan = plan_for(config, index, model_dir, world_size=config.train.num_workers)
+    plan = plan_for(config, index, model_dir, plan_settings(config, world_size=config.train.num_workers))
     plan.save(run_dir.plan)
     num_packs = _write_packed(run_dir, plan, steps_per_file=config.packing.steps_per_file)
     planned = set(plan.example_rows.tolist())
@@ -72,15 +73,21 @@ def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Sequ
     return Prepared(counts, dropped)
 
 
-def plan_for(config: RunConfig, index: ExampleIndex, model_dir: Path, *, world_size: int) -> StepPlan:
-    """The recipe's plan for a number of ranks."""
-    return make_plan(
-        index,
-        planner=config.packing.planner,
+def plan_for(config: RunConfig, index: ExampleIndex, model_dir: Path, settings: PlanSettings) -> StepPlan:
+    """The plan of the recipe's examples under `settings`."""
+    return make_plan(index, settings, cost=sequence_cost(model_shape(model_dir)))
+
+
+def plan_settings(config: RunConfig, *, world_size: int, strategy: str | None = None) -> PlanSettings:
+    """What the recipe says about its plan. A strategy that `auto` chose before is to be named, for equal steps."""
+    return PlanSettings(
+        strategy=strategy or config.packing.strategy,
+        balance=config.balance,
         capacity=config.packing.capacity,
         packs_per_step=config.packing.packs_per_step,
         world_size=world_size,
-        cost=sequence_cost(model_shape(model_dir)),
+        fill=config.packing.fill,
+        group_size=config.packing.group_size,
         seed=config.seed,
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,
@@ -99,38 +106,65 @@ def model_shape(model_dir: Path) -> dict[str, Any]:
 
 def _write_store(
     config: RunConfig, run_dir: RunDir, model_dir: Path, corpus: Sequence[str]
-) -> tuple[list[pa.Table], dict[str, int | float], dict[str, int]]:
-    """Tokenises the corpus, a task a slice; returns index rows in order of the files, counts, and what was dropped."""
-    slices = [part for path in corpus_files(corpus) for part in cut_into_slices(path)]
+) -> tuple[pa.Table, dict[str, int | float], dict[str, int]]:
+    """Tokenises the corpus, a task a slice; returns the index rows in store order, counts, and what was dropped.
+
+    A slice whose files are all there is not read again: a killed `prepare` continues, and one with other packing
+    settings starts from the tokens.
+    """
+    files = corpus_files(corpus, endpoint=config.corpus.storage_endpoint)
+    slices = [part for file in files for part in cut_into_slices(file)]
     if not slices:
         raise CorpusError(f"the corpus is empty: {', '.join(corpus)}; give files with one conversation a line")
     settings = {
         "data": config.data.model_dump(),
+        "style": config.corpus.style,
+        "role_order": config.corpus.role_order,
         "model_dir": str(model_dir.resolve()),
         "chat_template": config.model.chat_template,
         "store": str(run_dir.store.resolve()),
     }
     items = [{"number": number, **dataclasses.asdict(part)} for number, part in enumerate(slices)]
-    parts: list[pa.Table] = []
-    counts: Counter[str] = Counter()
-    rejects: list[dict[str, Any]] = []
+    _keep_if_same(run_dir.store, digest(items, settings, [file.state for file in files], _tokenizer_state(model_dir)))
     with progress("prepare: slices tokenised", len(slices)) as bar:
-        for row in _each(items, _tokenise_slice, settings):
-            parts.append(pa.table({name: row[name] for name in ("example_id", "length", "num_targets", "file", "row")}))
-            rejects += json.loads(row["rejects"])
-            counts.update(json.loads(row["counts"]))
-            bar.advance(len(parts))
-    parts.sort(key=lambda table: table["file"][0].as_py() if len(table) else -1)
-    rejects.sort(key=lambda reject: (corpus_order(reject["file"], slices), reject["line"]))
-    run_dir.rejects.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejects), encoding="utf-8")
-    dropped = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
-    _check_rejects(config, run_dir, rejects, counts)
-    return parts, dict(counts), dropped
+        problems = []
+        for done, row in enumerate(_each(items, _tokenise_slice, settings), 1):
+            problems += [row["problem"]] if row["problem"] else []
+            bar.advance(done)
+    if problems:  # the slices that went well are kept
+        raise CorpusError("\n  ".join(sorted(problems)[:10]))
+    counts: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    num_bad, first_rejects = 0, []
+    with run_dir.rejects.open("w", encoding="utf-8") as file:
+        for number in range(len(slices)):
+            summary = json.loads((run_dir.store / f"part-{number:05d}.json").read_text(encoding="utf-8"))
+            counts.update(summary["counts"])
+            for reject in summary["rejects"]:
+                file.write(json.dumps(reject, ensure_ascii=False) + "\n")
+                dropped[reject["reason"]] += 1
+                num_bad += reject["reason"] not in NOT_BROKEN
+                first_rejects += [reject] if len(first_rejects) < 3 else []
+    _check_rejects(config, run_dir, first_rejects, num_bad, counts)
+    parts = [pq.read_table(run_dir.store / f"part-{number:05d}.parquet") for number in range(len(slices))]
+    return pa.concat_tables(parts), dict(counts), dict(sorted(dropped.items()))
 
 
-def corpus_order(path: str, slices: Sequence[CorpusSlice]) -> int:
-    """Position of a file among those of the corpus."""
-    return next(number for number, part in enumerate(slices) if part.path == path)
+def _keep_if_same(directory: Path, fingerprint: str) -> None:
+    """Empties a directory that holds the work of another fingerprint."""
+    mark = directory / "fingerprint"
+    if not mark.exists() or mark.read_text(encoding="utf-8") != fingerprint:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        mark.write_text(fingerprint, encoding="utf-8")
+
+
+def _tokenizer_state(model_dir: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of the files that tokenizer and template are read from."""
+    files = [
+        path for pattern in ("tokenizer*", "*.jinja", "special_tokens*") for path in sorted(model_dir.glob(pattern))
+    ]
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def _each(items: list[dict[str, Any]], function: Any, settings: dict[str, Any]) -> Iterable[dict[str, Any]]:
@@ -144,64 +178,116 @@ def _each(items: list[dict[str, Any]], function: Any, settings: dict[str, Any]) 
 
 
 def _tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Writes one store file; returns its index columns, its rejects and its counts."""
-    data = DataConfig(**settings["data"])
-    tokenizer = _cached_tokenizer(settings["model_dir"], settings["chat_template"])
+    """Writes a slice's store file, its index rows (.parquet), and last its rejects and counts (.json).
+
+    What stops it is in the result as `problem`, so that the other slices go on.
+    """
     number = item.pop("number")
-    part = CorpusSlice(**item)
-    examples, rejects, counts = [], [], Counter(records=0, examples=0, cut_examples=0, cut_tokens=0)
-    for line_number, line in read_lines(part):
-        counts["records"] += 1
-        try:
-            conversation = parse_record(line, source=part.path, line_number=line_number)
-            example, num_cut = tokenize_conversation(
-                conversation, tokenizer, max_length=data.max_length, too_long=data.too_long
-            )
-        except RecordError as error:
-            rejects.append({"file": part.path, "line": line_number, "reason": error.reason, "detail": str(error)})
-            continue
-        counts.update(examples=1, cut_examples=int(num_cut > 0), cut_tokens=num_cut)
-        examples.append(example)
-    write_examples(Path(settings["store"]) / part_name(number), examples)
-    return {
-        "example_id": [example.example_id for example in examples],
-        "length": [example.length for example in examples],
-        "num_targets": [example.num_targets for example in examples],
-        "file": [number] * len(examples),
-        "row": list(range(len(examples))),
-        "rejects": json.dumps(rejects),
-        "counts": json.dumps(counts),
+    store, part = Path(settings["store"]), CorpusSlice(**item)
+    summary_file = store / f"part-{number:05d}.json"
+    if summary_file.exists():
+        return {"number": number, "problem": ""}
+    rejects: list[dict[str, Any]] = []
+    counts = Counter(records=0, examples=0, cut_examples=0, cut_tokens=0, text_pieces=0)
+    rows: list[tuple[str, int, int, float]] = []
+
+    def noted() -> Iterator[Example]:
+        for example in _examples(part, settings, rejects, counts):
+            rows.append((example.example_id, example.length, example.num_targets, example.sum_weights))
+            yield example
+
+    try:
+        write_examples(store / part_name(number), noted())
+    except (CorpusError, OSError) as error:
+        (store / part_name(number)).with_suffix(".tmp").unlink(missing_ok=True)
+        where = "" if isinstance(error, CorpusError) else f"{store} cannot be written; is there space left? "
+        return {"number": number, "problem": f"{where}{error}"}
+    index = {
+        "example_id": pa.array([row[0] for row in rows], pa.string()),
+        "length": pa.array([row[1] for row in rows], pa.int32()),
+        "num_targets": pa.array([row[2] for row in rows], pa.int32()),
+        "sum_weights": pa.array([row[3] for row in rows], pa.float64()),
+        "file": pa.array([number] * len(rows), pa.int32()),
+        "row": pa.array(range(len(rows)), pa.int32()),
     }
+    pq.write_table(pa.table(index), store / f"part-{number:05d}.parquet")
+    write_json(summary_file, {"rejects": rejects, "counts": counts})
+    return {"number": number, "problem": ""}
+
+
+def _examples(
+    part: CorpusSlice, settings: dict[str, Any], rejects: list[dict[str, Any]], counts: Counter[str]
+) -> Iterator[Example]:
+    """The examples of a slice one by one; what is no example goes to rejects, and everything is counted."""
+    maker = _cached_maker(settings["model_dir"], settings["chat_template"], json.dumps(settings["data"]))
+    source = printable(part.path)
+
+    def parsed() -> Iterator[tuple[int, Conversation | RecordError]]:
+        for line_number, record in read_records(part):
+            counts["records"] += 1
+            try:
+                yield (
+                    line_number,
+                    parse_record(
+                        record,
+                        source=source,
+                        line_number=line_number,
+                        style=settings["style"],
+                        role_order=settings["role_order"],
+                    ),
+                )
+            except RecordError as error:
+                yield line_number, error
+
+    for line_number, made in maker.many(parsed()):
+        if isinstance(made, RecordError):
+            if made.reason == "too_long" and settings["data"]["too_long"] == "error":
+                raise CorpusError(f"{source}, line {line_number}: {made}; raise it, or let data.too_long skip or cut")
+            rejects.append({"file": source, "line": line_number, "reason": made.reason, "detail": str(made)})
+            continue
+        counts.update(
+            examples=len(made.examples),
+            cut_examples=int(made.num_cut > 0),
+            cut_tokens=made.num_cut,
+            text_pieces=len(made.examples) if len(made.examples) > 1 else 0,
+        )
+        yield from made.examples
 
 
 @lru_cache(maxsize=1)
-def _cached_tokenizer(model_dir: str, chat_template: str | None) -> Tokenizer:
-    return load_tokenizer(model_dir, chat_template=chat_template)
+def _cached_maker(model_dir: str, chat_template: str | None, data: str) -> ConversationTokenizer:
+    return ConversationTokenizer(
+        load_tokenizer(model_dir, chat_template=chat_template), DataConfig.model_validate_json(data)
+    )
 
 
-def _check_rejects(config: RunConfig, run_dir: RunDir, rejects: list[dict[str, Any]], counts: Counter[str]) -> None:
-    bad = [reject for reject in rejects if reject["reason"] not in NOT_BROKEN]
-    first = "; ".join(f"{r['file']}, line {r['line']}: {r['detail']}" for r in (bad or rejects)[:3])
-    if len(bad) > config.corpus.max_bad_fraction * counts["records"]:
+def _check_rejects(
+    config: RunConfig, run_dir: RunDir, first_rejects: list[dict[str, Any]], num_bad: int, counts: Counter[str]
+) -> None:
+    first = "; ".join(f"{r['file']}, line {r['line']}: {r['detail']}" for r in first_rejects)
+    if num_bad > config.corpus.max_bad_fraction * counts["records"]:
         raise CorpusError(
-            f"{len(bad)} of {counts['records']} records are broken, and corpus.max_bad_fraction = "
+            f"{num_bad} of {counts['records']} records are broken, and corpus.max_bad_fraction = "
             f"{config.corpus.max_bad_fraction}: mend them (all are in {run_dir.rejects}) or raise it. First: {first}"
         )
     if counts["examples"] == 0:
         raise CorpusError(f"the corpus has no usable conversation{'; first reject: ' + first if first else ''}")
 
 
-def _index(parts: Sequence[pa.Table], data: DataConfig, seed: int) -> ExampleIndex:
-    table = pa.concat_tables([part for part in parts if len(part)])
-    example_id = table["example_id"].to_numpy()
-    return ExampleIndex(
+def _index(table: pa.Table, data: DataConfig, seed: int) -> tuple[ExampleIndex, int]:
+    """The index, and the number of examples that had another's id."""
+    example_id, num_renamed = unique_ids(table["example_id"])
+    index = ExampleIndex(
         example_id=example_id,
         length=table["length"].to_numpy().astype(np.int32),
         num_targets=table["num_targets"].to_numpy().astype(np.int32),
+        sum_weights=table["sum_weights"].to_numpy().astype(np.float64),
         file=table["file"].to_numpy().astype(np.int32),
         row=table["row"].to_numpy().astype(np.int32),
+        source=np.full(len(table), "corpus", dtype=object),
         heldout=choose_heldout(example_id, fraction=data.heldout_fraction, at_most=data.max_heldout, seed=seed),
     )
+    return index, num_renamed
 
 
 def choose_heldout(example_id: np.ndarray, *, fraction: float, at_most: int, seed: int) -> np.ndarray:
@@ -222,22 +308,25 @@ def _write_packed(run_dir: RunDir, plan: StepPlan, *, steps_per_file: int) -> in
         "steps_per_file": steps_per_file,
     }
     num_files = num_packed_files(plan, steps_per_file)
-    num_packs = 0
+    num_packs = int((plan.slot_tokens() > 0).sum())
+    store_state = (run_dir.store / "fingerprint").read_text(encoding="utf-8")
+    _keep_if_same(run_dir.packed, digest(plan.layout_digest, steps_per_file, store_state))
     with progress("prepare: packed files written", num_files) as bar:
         items = [{"number": number} for number in range(num_files)]
-        for done, row in enumerate(_each(items, _write_packed_slice, settings), 1):
-            num_packs += row["num_packs"]
+        for done, _ in enumerate(_each(items, _write_packed_slice, settings), 1):
             bar.advance(done)
     write_layout(run_dir.packed, plan, steps_per_file=steps_per_file)
     return num_packs
 
 
 def _write_packed_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    num_packs = write_packed_file(
-        TokenStore(Path(settings["store"])),
-        StepPlan.load(Path(settings["plan"])),
-        item["number"],
-        steps_per_file=settings["steps_per_file"],
-        directory=Path(settings["packed"]),
-    )
-    return {"num_packs": num_packs}
+    number, directory = item["number"], Path(settings["packed"])
+    if not (directory / part_name(number)).exists():
+        write_packed_file(
+            TokenStore(Path(settings["store"])),
+            StepPlan.load(Path(settings["plan"])),
+            number,
+            steps_per_file=settings["steps_per_file"],
+            directory=directory,
+        )
+    return {"number": number}

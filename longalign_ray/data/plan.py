@@ -1,7 +1,7 @@
-"""StepPlan: which examples run where and when, for the whole of training. Made from lengths alone, in seconds.
+"""StepPlan: which examples run where and when, for the whole of training; its file and its score.
 
-The examples of a step depend on the lengths, the packing settings and the seed, never on the number of ranks; only how
-a step is spread over micro-steps and groups does. So one store trains on any number of ranks with the same steps.
+The examples of a step never depend on the number of ranks; only how a step is spread over micro-steps and groups does.
+So one store trains on any number of ranks with the same steps.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ import hashlib
 import os
 import zipfile
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from longalign_ray.data.balance import bands, imbalance
+from longalign_ray.data.balance import imbalance, step_times
 from longalign_ray.data.cost import SequenceCost
-from longalign_ray.data.planners import PLANNERS
-from longalign_ray.data.store import ExampleIndex
 from longalign_ray.errors import PlanMismatchError
+
+SCALARS = ("capacity", "seed", "sp_degree", "strategy", "balance", "num_carried")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,13 +41,20 @@ class StepPlan:
     """int64[steps]: M of Eq. 4, the sequences with a target in the whole step."""
     num_targets: np.ndarray
     """int64[steps]: target tokens of the whole step."""
+    sum_weights: np.ndarray
+    """float64[steps]: sum of their weights, by which the `token` loss is divided."""
     epoch: np.ndarray
-    """int64[steps]: epoch of the step's first pack."""
+    """int64[steps]: the earliest epoch of the examples of the step."""
     capacity: int
+    """Tokens of a slot at most, for each rank that shares it."""
     seed: int
     cost: SequenceCost
     sp_degree: int = 1
     """Ranks that share a pack; groups * sp_degree = ranks."""
+    strategy: str = "best_fit"
+    balance: str = "lock_step"
+    num_carried: int = 0
+    """Times that `deal` moved an example to the next step for want of room."""
 
     @property
     def num_steps(self) -> int:
@@ -75,23 +81,31 @@ class StepPlan:
         totals = np.concatenate([[0], np.cumsum(values)])
         return (totals[self.offsets[1:]] - totals[self.offsets[:-1]]).reshape(self.shape)
 
+    @property
+    def num_packs(self) -> int:
+        """Slots that are not empty."""
+        return int(np.count_nonzero(np.diff(self.offsets)))
+
     def fill(self) -> float:
-        """Share of the capacity of all packs that holds tokens."""
-        used = self.slot_tokens()
-        return float(used.sum() / (np.count_nonzero(used) * self.capacity))
+        """Share of the token room of all packs that holds tokens."""
+        return float(self.lengths.sum(dtype=np.int64) / (self.num_packs * self.capacity * self.sp_degree))
+
+    def step_imbalance(self) -> np.ndarray:
+        """float64[steps]: time of a step over its time if all groups shared its work evenly, at least 1."""
+        return imbalance(self.slot_costs(), self.balance)
 
     def imbalance(self) -> float:
-        """Time of all steps over the time with perfectly shared work, under lock-step micro-steps; at least 1."""
+        """The same over all steps: time of all over ideal time of all."""
         costs = self.slot_costs()
-        work = costs.sum(axis=(1, 2))
-        return float(np.average(imbalance(costs), weights=work))
+        return float(step_times(costs, self.balance).sum() / (costs.sum() / self.shape[2]))
 
     @property
     def digest(self) -> str:
         """16 hex digits over the set of examples of each step: equal for any number of ranks."""
         step_starts = self.offsets[:: self.shape[1] * self.shape[2]]
-        sets = [np.sort(self.example_rows[a:b]) for a, b in pairwise(step_starts)]
-        return _hash(step_starts, *sets, self.num_sequences, self.num_targets)
+        step = np.repeat(np.arange(self.num_steps), np.diff(step_starts))
+        rows = self.example_rows[np.lexsort((self.example_rows, step))]
+        return _hash(step_starts, rows, self.num_sequences, self.num_targets)
 
     @property
     def layout_digest(self) -> str:
@@ -110,10 +124,11 @@ class StepPlan:
                 shape=self.shape,
                 num_sequences=self.num_sequences,
                 num_targets=self.num_targets,
+                sum_weights=self.sum_weights,
                 epoch=self.epoch,
-                scalars=np.array([self.capacity, self.seed, self.sp_degree]),
                 cost=np.array([self.cost.linear, self.cost.quadratic]),
                 digest=np.array(self.digest),
+                **{name: np.array(getattr(self, name)) for name in SCALARS},
             )
         temporary.replace(path)
 
@@ -123,95 +138,15 @@ class StepPlan:
         try:
             with np.load(path) as file:
                 arrays = {name: file[name] for name in file.files}
-            capacity, seed, sp_degree = arrays.pop("scalars").tolist()
             cost, digest = SequenceCost(*arrays.pop("cost").tolist()), str(arrays.pop("digest"))
+            scalars = {name: arrays.pop(name).item() for name in SCALARS}
             steps, micro_steps, groups = arrays.pop("shape").tolist()
-            plan = StepPlan(
-                **arrays,
-                shape=(steps, micro_steps, groups),
-                capacity=capacity,
-                seed=seed,
-                cost=cost,
-                sp_degree=sp_degree,
-            )
+            plan = StepPlan(**arrays, **scalars, shape=(steps, micro_steps, groups), cost=cost)
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise PlanMismatchError(f"{path} is no step plan ({error}); run `longalign prepare`") from error
         if plan.digest != digest:
             raise PlanMismatchError(f"{path} was altered after it was written; run `longalign prepare` again")
         return plan
-
-
-def make_plan(
-    index: ExampleIndex,
-    *,
-    planner: str,
-    capacity: int,
-    packs_per_step: int,
-    world_size: int,
-    cost: SequenceCost,
-    seed: int,
-    epochs: int = 1,
-    max_steps: int | None = None,
-) -> StepPlan:
-    """The plan of `epochs` passes over the examples that are not held out.
-
-    Every epoch shuffles, packs, and shuffles the packs by (seed, epoch); a step takes the next packs_per_step packs,
-    across the border of epochs too, and the last step takes what is left. Slots without a pack stay empty.
-    Raises PlanMismatchError where an example is longer than `capacity` or none is left to train on.
-    """
-    training = np.flatnonzero(~index.heldout)
-    if len(training) == 0:
-        raise PlanMismatchError(
-            "no example is left to train on: give a larger corpus or lower data.heldout_fraction or data.max_heldout"
-        )
-    longest = int(index.length[training].max())
-    if longest > capacity:
-        raise PlanMismatchError(
-            f"the longest example has {longest} tokens and packing.capacity = {capacity}: raise packing.capacity or "
-            f"set data.max_length <= {capacity}"
-        )
-    packs, epoch_of_pack = _packs_of_all_epochs(index, training, planner, capacity, seed, epochs)
-    num_steps = -(-len(packs) // packs_per_step)
-    num_steps = min(num_steps, max_steps) if max_steps is not None else num_steps
-    micro_steps = -(-packs_per_step // world_size)
-    slots: list[np.ndarray] = []
-    for step in range(num_steps):
-        chosen = packs[step * packs_per_step : (step + 1) * packs_per_step]
-        costs = np.array([cost(index.length[rows]).sum() for rows in chosen])
-        places = bands(costs, micro_steps=micro_steps, groups=world_size).ravel()
-        slots += [chosen[number] if number >= 0 else np.empty(0, np.int64) for number in places.tolist()]
-    rows = np.concatenate(slots)
-    offsets = np.concatenate([[0], np.cumsum([len(slot) for slot in slots], dtype=np.int64)])
-    step_starts = offsets[:: micro_steps * world_size][:-1]
-    targets = index.num_targets[rows].astype(np.int64)
-    return StepPlan(
-        example_rows=rows,
-        lengths=index.length[rows].astype(np.int32),
-        offsets=offsets,
-        shape=(num_steps, micro_steps, world_size),
-        num_sequences=np.add.reduceat(targets > 0, step_starts, dtype=np.int64),
-        num_targets=np.add.reduceat(targets, step_starts),
-        epoch=epoch_of_pack[: num_steps * packs_per_step : packs_per_step],
-        capacity=capacity,
-        seed=seed,
-        cost=cost,
-    )
-
-
-def _packs_of_all_epochs(
-    index: ExampleIndex, training: np.ndarray, planner: str, capacity: int, seed: int, epochs: int
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """Store rows of every pack in training order, and the epoch of each."""
-    packs: list[np.ndarray] = []
-    epoch_of_pack: list[int] = []
-    for epoch in range(epochs):
-        random = np.random.default_rng([seed, epoch])
-        rows = random.permutation(training)
-        made = PLANNERS[planner](index.length[rows], capacity)
-        for number in random.permutation(len(made)).tolist():
-            packs.append(rows[made.members[made.offsets[number] : made.offsets[number + 1]]])
-            epoch_of_pack.append(epoch)
-    return packs, np.array(epoch_of_pack, dtype=np.int64)
 
 
 def _hash(*arrays: np.ndarray) -> str:

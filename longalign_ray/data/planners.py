@@ -1,6 +1,7 @@
 """Planners: lengths to packs. Pure, and the result depends on the lengths and their order alone.
 
-To add one: write a function with the signature of `best_fit` and add a line to PLANNERS.
+To add one: write a function with the signature of `best_fit` and add a line to PLANNERS. It drops nothing. `deal` plans
+whole steps and is in `deal.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-BLOCK_BITS = 8  # residuals are searched in blocks of 256: first inside one, then over the counts of blocks
+from longalign_ray.data.best_fit import pack_decreasing
+
+WINDOW = 2_048
+MOST_OPEN = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,8 +30,14 @@ class Packs:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @property
+    def pack_of_member(self) -> np.ndarray:
+        """int64[n], ascending."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
 
 Planner = Callable[[np.ndarray, int], Packs]
+"""(lengths int[n], each in 1..capacity; capacity) -> packs, none of them empty."""
 
 
 def naive(lengths: np.ndarray, capacity: int) -> Packs:
@@ -35,61 +45,91 @@ def naive(lengths: np.ndarray, capacity: int) -> Packs:
     return Packs(np.arange(len(lengths)), np.arange(len(lengths) + 1))
 
 
+def by_length(lengths: np.ndarray, capacity: int) -> Packs:
+    """One item a pack, the longest first: the paper's sorted batching, once groups of them are shuffled.
+
+    The paper leaves out the remainder of the last group, its longest sequences; here it stays, and is the shortest.
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    return Packs(order, np.arange(len(lengths) + 1))
+
+
+def next_fit(lengths: np.ndarray, capacity: int) -> Packs:
+    """The paper's packer: in order, into the one open pack, which is closed by the first item without room.
+
+    LongAlign's script closes a pack when it would *reach* the capacity (its test is >=), leaves out items of exactly
+    the capacity and never writes its last pack: its packs are next_fit(lengths[lengths < capacity], capacity - 1)
+    without the last. This one loses nothing.
+    """
+    return _grouped(np.arange(len(lengths)), _next_fit(np.asarray(lengths, dtype=np.int64), capacity))
+
+
 def best_fit(lengths: np.ndarray, capacity: int) -> Packs:
     """Best-fit decreasing: the longest item first, each into the fullest pack that has room for it.
 
-    lengths: int[n], each in 1..capacity; equal lengths keep their order. At most 11/9 of the fewest packs possible
-    (Johnson 1973), on real mixes within one pack of them. O(n log n) time and O(n + capacity) memory.
+    Equal lengths keep their order. At most 11/9 of the fewest packs possible (Johnson 1973), on real mixes within one
+    pack of them. O(n log n) time and O(n + capacity) memory.
     """
-    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
-    pack_of = _best_fit(np.asarray(lengths, dtype=np.int64)[order], capacity)
+    lengths = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    return _grouped(order, pack_decreasing(lengths[order], capacity))
+
+
+def streaming(lengths: np.ndarray, capacity: int) -> Packs:
+    """Best fit in one pass: of every 2,048 items the longest first, into 256 open packs at most.
+
+    An item that fits nowhere opens a pack; if 256 are open, the fullest is closed for good. What is kept between two
+    windows are the 256 rooms, so items may come from a stream of any length.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    order = np.lexsort((-lengths, np.arange(len(lengths)) // WINDOW))
+    return _grouped(order, _streaming(lengths[order], capacity, MOST_OPEN))
+
+
+def _grouped(order: np.ndarray, pack_of: np.ndarray) -> Packs:
+    """Packs from the pack number of each item of `order`."""
     by_pack = np.argsort(pack_of, kind="stable")
-    return Packs(order[by_pack], np.concatenate([[0], np.cumsum(np.bincount(pack_of, minlength=0))]))
+    return Packs(order[by_pack], np.concatenate([[0], np.cumsum(np.bincount(pack_of), dtype=np.int64)]))
 
 
 @njit(cache=True)
-def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """int64[n]: pack of each item, given in the order of packing.
-
-    Open packs are kept in stacks by their free room, `top[room]`, with the number of packs in each block of rooms.
-    """
-    n = len(lengths)
-    pack_of = np.empty(n, np.int64)
-    below = np.empty(n, np.int64)  # the pack under this one in its stack
-    top = np.full(capacity + 1, -1, np.int64)
-    in_block = np.zeros((capacity >> BLOCK_BITS) + 1, np.int64)
-    num_packs = 0
-    for i in range(n):
-        room = _smallest_room(top, in_block, lengths[i])
-        if room < 0:
-            pack, room = num_packs, capacity
-            num_packs += 1
-        else:
-            pack = top[room]
-            top[room] = below[pack]
-            in_block[room >> BLOCK_BITS] -= 1
+def _next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    pack_of = np.empty(len(lengths), np.int32)
+    pack, used = 0, 0
+    for i in range(len(lengths)):
+        if used > 0 and used + lengths[i] > capacity:
+            pack, used = pack + 1, 0
         pack_of[i] = pack
-        room -= lengths[i]
-        if room > 0:
-            below[pack] = top[room]
-            top[room] = pack
-            in_block[room >> BLOCK_BITS] += 1
+        used += lengths[i]
     return pack_of
 
 
 @njit(cache=True)
-def _smallest_room(top: np.ndarray, in_block: np.ndarray, length: int) -> int:
-    """The smallest room >= length that a pack has, or -1."""
-    block = length >> BLOCK_BITS
-    first = length
-    while block < len(in_block):
-        if in_block[block] > 0:
-            for room in range(first, min((block + 1) << BLOCK_BITS, len(top))):
-                if top[room] >= 0:
-                    return room
-        block += 1
-        first = block << BLOCK_BITS
-    return -1
+def _streaming(lengths: np.ndarray, capacity: int, most_open: int) -> np.ndarray:
+    pack_of = np.empty(len(lengths), np.int32)
+    rooms = np.zeros(most_open, np.int64)  # room 0: this place is free
+    packs = np.empty(most_open, np.int32)
+    num_packs = 0
+    for i in range(len(lengths)):
+        place, fullest = -1, 0
+        for j in range(most_open):
+            if rooms[j] >= lengths[i] and (place < 0 or rooms[j] < rooms[place]):
+                place = j
+            if rooms[j] < rooms[fullest]:
+                fullest = j
+        if place < 0:
+            place = fullest
+            rooms[place], packs[place] = capacity, num_packs
+            num_packs += 1
+        pack_of[i] = packs[place]
+        rooms[place] -= lengths[i]
+    return pack_of
 
 
-PLANNERS: dict[str, Planner] = {"best_fit": best_fit, "naive": naive}
+PLANNERS: dict[str, Planner] = {
+    "best_fit": best_fit,
+    "streaming": streaming,
+    "next_fit": next_fit,
+    "sorted": by_length,
+    "naive": naive,
+}

@@ -7,7 +7,7 @@ a rank reads its packs from one contiguous place. Suffixes: T tokens of a pack, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,21 +22,24 @@ SCHEMA = pa.schema(
     [
         ("example_id", pa.string()),
         ("input_ids", pa.large_list(pa.int32())),
-        ("loss_mask", pa.large_list(pa.uint8())),  # a byte a token: bits would have to be unpacked at each read
+        ("loss_weight", pa.large_list(pa.uint8())),  # per cent
     ]
 )
 ROWS_PER_BATCH = 1_024
+TOKENS_PER_BATCH = 1 << 20  # 5 MB
+FULL_WEIGHT = 100
+"""loss_weight of a token that counts in full."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """One tokenised conversation. loss_mask[t] says that token t is a target."""
+    """One tokenised conversation. Token t is a target where loss_weight[t] > 0."""
 
     example_id: str
     input_ids: np.ndarray
     """int32[length]."""
-    loss_mask: np.ndarray
-    """bool[length]."""
+    loss_weight: np.ndarray
+    """uint8[length], per cent, so that weights in steps of 0.01 are exact."""
 
     @property
     def length(self) -> int:
@@ -45,7 +48,12 @@ class Example:
     @property
     def num_targets(self) -> int:
         """N_i: targets that something predicts, so not the first token."""
-        return int(np.count_nonzero(self.loss_mask[1:]))
+        return int(np.count_nonzero(self.loss_weight[1:]))
+
+    @property
+    def sum_weights(self) -> float:
+        """Sum of the targets' weights, in whole tokens."""
+        return int(self.loss_weight[1:].sum(dtype=np.int64)) / FULL_WEIGHT
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,10 +66,14 @@ class ExampleIndex:
     """int32[n]."""
     num_targets: np.ndarray
     """int32[n]."""
+    sum_weights: np.ndarray
+    """float64[n]: sum of the targets' weights, in whole tokens."""
     file: np.ndarray
     """int32[n]: number of the store file, as in part-00012.arrow."""
     row: np.ndarray
     """int32[n]: row in that file."""
+    source: np.ndarray
+    """object[n] of str: name of the corpus entry it came from."""
     heldout: np.ndarray
     """bool[n]: kept out of training."""
 
@@ -84,12 +96,12 @@ class ExampleIndex:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pack:
-    """Sequences laid end to end. No weights: they follow from the mask and the boundaries."""
+    """Sequences laid end to end. What a sequence counts follows from loss_weight and the boundaries."""
 
     input_ids: np.ndarray
     """int32[T]."""
-    loss_mask: np.ndarray
-    """bool[T]."""
+    loss_weight: np.ndarray
+    """uint8[T], per cent."""
     cu_seqlens: np.ndarray
     """int32[S+1], first 0, last T."""
     example_ids: tuple[str, ...]
@@ -100,7 +112,7 @@ class Pack:
         lengths = [example.length for example in examples]
         return Pack(
             input_ids=np.concatenate([example.input_ids for example in examples]),
-            loss_mask=np.concatenate([example.loss_mask for example in examples]),
+            loss_weight=np.concatenate([example.loss_weight for example in examples]),
             cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
             example_ids=tuple(example.example_id for example in examples),
         )
@@ -119,9 +131,22 @@ def write_batches(path: Path, batches: Iterable[Sequence[Example]]) -> None:
     temporary.replace(path)
 
 
-def write_examples(path: Path, examples: Sequence[Example]) -> None:
-    """Writes a store file."""
-    write_batches(path, (examples[first : first + ROWS_PER_BATCH] for first in range(0, len(examples), ROWS_PER_BATCH)))
+def write_examples(path: Path, examples: Iterable[Example]) -> None:
+    """Writes a store file; of the examples only one record batch is held at a time."""
+    write_batches(path, _in_batches(examples))
+
+
+def _in_batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    held: list[Example] = []
+    num_tokens = 0
+    for example in examples:
+        held.append(example)
+        num_tokens += example.length
+        if len(held) == ROWS_PER_BATCH or num_tokens >= TOKENS_PER_BATCH:
+            yield held
+            held, num_tokens = [], 0
+    if held:
+        yield held
 
 
 def _record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
@@ -134,7 +159,7 @@ def _record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
     columns = [
         pa.array([example.example_id for example in examples], pa.string()),
         lists([example.input_ids for example in examples], np.int32),
-        lists([example.loss_mask for example in examples], np.uint8),
+        lists([example.loss_weight for example in examples], np.uint8),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
@@ -168,12 +193,12 @@ class BatchFile:
 
 
 def _example(batch: pa.RecordBatch, row: int) -> Example:
-    ids, mask = batch.column(1), batch.column(2)
+    ids, weights = batch.column(1), batch.column(2)
     first, last = ids.offsets[row].as_py(), ids.offsets[row + 1].as_py()
     return Example(
         batch.column(0)[row].as_py(),
         ids.values.slice(first, last - first).to_numpy(),
-        mask.values.slice(first, last - first).to_numpy().view(np.bool_),
+        weights.values.slice(first, last - first).to_numpy(),
     )
 
 
@@ -186,8 +211,12 @@ class TokenStore:
         self._files: dict[int, BatchFile] = {}
 
     def example(self, row: int) -> Example:
-        """The example of index row `row`. Raises PackFormatError where its file is missing or broken."""
+        """The example of index row `row`, with its name in the index, where names are unique.
+
+        Raises PackFormatError where its file is missing or broken.
+        """
         number = int(self.index.file[row])
         if number not in self._files:
             self._files[number] = BatchFile(self.directory / part_name(number))
-        return self._files[number].example(int(self.index.row[row]))
+        example = self._files[number].example(int(self.index.row[row]))
+        return Example(self.index.example_id[row], example.input_ids, example.loss_weight)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from longalign_ray.data.store import Example
+from longalign_ray.data.store import FULL_WEIGHT, Example
 from longalign_ray.evaluate.task import AnswerError, EvalCase, Prediction, TaskScore, mean_score
 
 TASK = "heldout"
@@ -20,11 +20,11 @@ TASK = "heldout"
 def heldout_cases(examples: Sequence[Example]) -> list[EvalCase]:
     """A case for each example with a target; the others have no loss.
 
-    `reference` lists the target positions. The first token is never one: nothing precedes it.
+    `reference` lists the target positions and their weights. The first token is never one: nothing precedes it.
     """
     cases = []
     for number, example in enumerate(examples):
-        targets = np.flatnonzero(example.loss_mask[1:]) + 1
+        targets = np.flatnonzero(example.loss_weight[1:]) + 1
         if len(targets) == 0:
             continue
         request = {
@@ -40,7 +40,10 @@ def heldout_cases(examples: Sequence[Example]) -> list[EvalCase]:
                 task=TASK,
                 path="/completions",
                 request=request,
-                reference=targets.tolist(),
+                reference={
+                    "positions": targets.tolist(),
+                    "weights": (example.loss_weight[targets] / FULL_WEIGHT).tolist(),
+                },
                 document=f"{number}",
                 num_tokens=example.length,
             )
@@ -49,7 +52,7 @@ def heldout_cases(examples: Sequence[Example]) -> list[EvalCase]:
 
 
 def read_answer(case: EvalCase, answer: dict[str, Any]) -> Prediction:
-    """`loss_sum` (negative log-probabilities of the targets, in nats) and `num_targets` of one example.
+    """`loss_sum` (weighted negative log-probabilities of the targets, in nats), `num_targets` and `sum_weights`.
 
     Raises AnswerError where the answer does not give a finite log-probability for every target; KeyError, IndexError or
     TypeError where it has another shape.
@@ -58,10 +61,12 @@ def read_answer(case: EvalCase, answer: dict[str, Any]) -> Prediction:
     logprobs = choice["logprobs"]["token_logprobs"]
     if len(logprobs) != case.num_tokens:
         raise AnswerError("logprobs_missing", f"{len(logprobs)} log-probabilities for {case.num_tokens} prompt tokens")
-    of_targets = [logprobs[position] for position in case.reference]
+    positions, weights = case.reference["positions"], case.reference["weights"]
+    of_targets = [logprobs[position] for position in positions]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in of_targets):
         raise AnswerError("logprobs_missing", "a target token has no finite log-probability")
-    values = {"loss_sum": -math.fsum(of_targets), "num_targets": len(of_targets)}
+    loss_sum = -math.fsum(weight * value for weight, value in zip(weights, of_targets, strict=True))
+    values = {"loss_sum": loss_sum, "num_targets": len(of_targets), "sum_weights": math.fsum(weights)}
     return Prediction(case.case_id, "", choice.get("finish_reason") or "", values)
 
 
@@ -72,10 +77,11 @@ def score_heldout(cases: Sequence[EvalCase], predictions: Mapping[str, Predictio
     """
     answered = [case for case in cases if case.case_id in predictions]
     sums = [predictions[case.case_id].values["loss_sum"] for case in answered]
+    weights = [predictions[case.case_id].values["sum_weights"] for case in answered]
     targets = [predictions[case.case_id].values["num_targets"] for case in answered]
-    losses = [loss_sum / num_targets for loss_sum, num_targets in zip(sums, targets, strict=True)]
+    losses = [loss_sum / weight for loss_sum, weight in zip(sums, weights, strict=True)]
     groups = [f"<= {_power_of_two(case.num_tokens)}" for case in answered]
-    details = {"token_loss": math.fsum(sums) / sum(targets), "num_targets": int(sum(targets))}
+    details = {"token_loss": math.fsum(sums) / math.fsum(weights), "num_targets": int(sum(targets))}
     return mean_score(TASK, "heldout_loss", losses, groups), details
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from longalign_ray.config import DataConfig
 from longalign_ray.data.template import encode_prompt, load_tokenizer
 from longalign_ray.serve.engine import FinishReason, GenerationEngine, PromptScore, Sampling, Token, TopTokens
 from longalign_ray.serve.schema import ApiError, CompletionLogprobs
@@ -71,16 +72,17 @@ def served_model(name: str, engine: GenerationEngine, model_dir: Path, *, chat_t
 def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
     """EOS, and the token that training marks as the end of an assistant's turn, found by its own rule."""
     from longalign_ray.data.conversation import Conversation, Message, RecordError
-    from longalign_ray.data.tokenize import special_ids, tokenize_conversation
+    from longalign_ray.data.tokenize import ConversationTokenizer
 
     ids = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     probe = Conversation("probe", (Message("user", "Hi"), Message("assistant", "Hello")), "probe")
+    maker = ConversationTokenizer(tokenizer, DataConfig(max_length=2**31))
     try:
-        example, _ = tokenize_conversation(probe, tokenizer, max_length=2**31, too_long="reject")
+        (example,) = maker.one(probe).examples
     except RecordError:  # a template that cannot be trained on may still be served
         return tuple(ids)
-    last_target = int(example.input_ids[example.loss_mask][-1])
-    if last_target in special_ids(tokenizer):
+    last_target = int(example.input_ids[example.loss_weight > 0][-1])
+    if last_target in maker.special_ids:
         ids.add(last_target)
     return tuple(sorted(ids))
 

@@ -22,6 +22,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from longalign_ray.config import ServeConfig
+from longalign_ray.data.template import absolute_template
 from longalign_ray.errors import OverloadedError, ServingError
 from longalign_ray.serve.engine import EngineStats, GenerationEvent, PromptScore, Sampling
 
@@ -167,7 +168,7 @@ def build_application(
         for name, model_dir in model_dirs.items()
     }
     accepted = config.num_replicas * config.max_ongoing_requests + config.max_queued_requests
-    template = None if chat_template is None else str(Path(chat_template).resolve())
+    template = absolute_template(chat_template)
     return serve.deployment(
         Ingress,
         name=INGRESS_NAME,

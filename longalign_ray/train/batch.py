@@ -35,8 +35,8 @@ class PackedBatch:
 
 def to_batch(pack: Pack, *, loss: LossKind, device: torch.device | str = "cpu") -> PackedBatch:
     """The tensors of a pack on `device`."""
-    labels_T = shift_labels(pack.input_ids, pack.loss_mask, pack.cu_seqlens)
-    weights_T = target_weights(labels_T, pack.cu_seqlens, loss)
+    labels_T = shift_labels(pack.input_ids, pack.loss_weight, pack.cu_seqlens)
+    weights_T = target_weights(pack.loss_weight, pack.cu_seqlens, loss)
     positions_N = np.flatnonzero(labels_T != -100)
     if len(positions_N) == 0:
         positions_N = np.zeros(1, dtype=np.int64)
@@ -60,7 +60,7 @@ def dummy_pack() -> Pack:
     """Two tokens without a target: keeps a rank's collectives in step where the plan has no pack for it."""
     return Pack(
         input_ids=np.zeros(2, dtype=np.int32),
-        loss_mask=np.zeros(2, dtype=np.bool_),
+        loss_weight=np.zeros(2, dtype=np.uint8),
         cu_seqlens=np.array([0, 2], dtype=np.int32),
         example_ids=("dummy",),
     )

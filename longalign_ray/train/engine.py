@@ -76,16 +76,16 @@ class TrainEngine:
     def module(self) -> PackedLM:
         return self._engine.module
 
-    def forward_backward(self, batch: PackedBatch, *, step_total: int, last: bool) -> torch.Tensor:
+    def forward_backward(self, batch: PackedBatch, *, step_total: float, last: bool) -> torch.Tensor:
         """Adds the gradient of one micro-step; returns this rank's share of the step's loss, detached.
 
-        step_total: M of Eq. 4 (or the targets of the step). `last` marks the last micro-step before `step`. DeepSpeed's
-        backward would also divide by the accumulation steps, which `scale_wrt_gas=False` turns off.
+        step_total: M of Eq. 4 (or the weights of the step's targets). `last` marks the last micro-step before `step`.
+        DeepSpeed's backward would also divide by the accumulation steps, which `scale_wrt_gas=False` turns off.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         weighted_sum = self._engine(batch)
         self._engine.backward(weighted_sum * backward_scale(self.world_size, step_total), scale_wrt_gas=False)
-        return weighted_sum.detach().float() / max(step_total, 1)
+        return weighted_sum.detach().float() / (step_total or 1.0)
 
     def step(self, learning_rate: float) -> float:
         """Clips, updates the weights and clears the gradients; returns the gradient norm before clipping."""

@@ -12,7 +12,6 @@ import torch
 from torch import distributed as dist
 
 from longalign_ray.config import TrainConfig
-from longalign_ray.data import balance
 from longalign_ray.data.packed import PackReader
 from longalign_ray.errors import LongAlignError
 from longalign_ray.train.batch import dummy_pack, to_batch
@@ -54,11 +53,11 @@ def train_loop(
     """
     plan = packs.plan
     rank, (num_steps, micro_steps, _) = dist.get_rank(), plan.shape
-    imbalance = balance.imbalance(plan.slot_costs())
+    imbalance = plan.step_imbalance()
     num_tokens = plan.slot_tokens().sum(axis=(1, 2))
     for step in range(first_step, num_steps):
         started = time.perf_counter()
-        step_total = int((plan.num_sequences if config.loss == "sequence" else plan.num_targets)[step])
+        step_total = float((plan.num_sequences if config.loss == "sequence" else plan.sum_weights)[step])
         loss = torch.zeros((), device=engine.device)
         for micro_step in range(micro_steps):
             pack = packs.pack(step, micro_step, rank) or dummy_pack()

@@ -9,39 +9,46 @@ from typing import Literal
 
 import numpy as np
 
+from longalign_ray.data.store import FULL_WEIGHT
+
 LossKind = Literal["sequence", "token"]
 
 
-def shift_labels(input_ids_T: np.ndarray, loss_mask_T: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
-    """int64[T]: the token that position t predicts, or -100 where t+1 is no target or begins another sequence.
+def shift_labels(input_ids_T: np.ndarray, loss_weight_T: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
+    """int64[T]: the token that position t predicts, or -100 where t+1 is no target or begins another sequence."""
+    following_T = np.append(input_ids_T[1:], 0).astype(np.int64)
+    return np.where(shift_weights(loss_weight_T, cu_seqlens) > 0, following_T, -100)
 
-    loss_mask_T[t] says that token t itself is a target; the first token of a sequence never is one.
+
+def shift_weights(loss_weight_T: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
+    """float64[T]: weight of the token that position t predicts; loss_weight_T[t], per cent, is that of token t itself.
+
+    The last position of a sequence predicts nothing: the first token of the next has no predictor.
     """
-    labels_T = np.full(len(input_ids_T), -100, dtype=np.int64)
-    is_target_T = loss_mask_T.astype(bool)
-    is_target_T[cu_seqlens[:-1]] = False  # predicted from another sequence, or from nothing
-    labels_T[:-1] = np.where(is_target_T[1:], input_ids_T[1:], -100)
-    return labels_T
+    weights_T = np.append(loss_weight_T[1:], 0) / FULL_WEIGHT
+    weights_T[cu_seqlens[1:] - 1] = 0.0
+    return weights_T
 
 
-def target_weights(labels_T: np.ndarray, cu_seqlens: np.ndarray, kind: LossKind) -> np.ndarray:
-    """float64[T]: `sequence`, weights of Eq. 4: 1/N_i on each target of sequence i; `token`: 1 on each target.
+def target_weights(loss_weight_T: np.ndarray, cu_seqlens: np.ndarray, kind: LossKind) -> np.ndarray:
+    """float64[T]: weight of the loss at position t.
 
-    Positions without a target weigh 0. Divided by M, the sequences of the optimizer step that have a target
-    (`sequence`), or by its targets (`token`), the weights of a whole step sum to 1.
+    `sequence`: w_t / (sum of w over the sequence), which is 1/N_i, the weights of Eq. 4, where all targets of sequence
+    i weigh the same; `token`: w_t. Divided by M, the sequences of the optimizer step that have a target (`sequence`),
+    or by the sum of w over the step (`token`), the weights of a whole step sum to 1.
     """
-    is_target_T = labels_T != -100
+    weights_T = shift_weights(loss_weight_T, cu_seqlens)
     if kind == "token":
-        return is_target_T.astype(np.float64)
-    sequence_of_T = np.repeat(np.arange(len(cu_seqlens) - 1), np.diff(cu_seqlens))
-    num_targets_S = np.bincount(sequence_of_T[is_target_T], minlength=len(cu_seqlens) - 1)
-    return is_target_T / np.maximum(num_targets_S, 1)[sequence_of_T]
+        return weights_T
+    lengths_S = np.diff(cu_seqlens)
+    sum_of_T = np.repeat(np.add.reduceat(weights_T, cu_seqlens[:-1]), lengths_S)
+    return np.divide(weights_T, sum_of_T, out=np.zeros_like(weights_T), where=sum_of_T > 0)
 
 
-def backward_scale(world_size: int, step_total: int) -> float:
-    """Factor of a rank's weighted sum before backward: R / M.
+def backward_scale(world_size: int, step_total: float) -> float:
+    """Factor of a rank's weighted sum before backward: R / M; R for a step without targets, whose sum is 0.
 
     Data-parallel averaging divides by R = world_size and micro-steps only add, so the gradient of an optimizer step is
     that of the loss divided by M = step_total, whatever the number of ranks and micro-steps.
     """
-    return world_size / max(step_total, 1)
+    return world_size / step_total if step_total > 0 else world_size

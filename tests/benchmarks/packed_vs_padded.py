@@ -25,8 +25,9 @@ import torch
 
 from longalign_ray.config import TrainConfig
 from longalign_ray.data.cost import sequence_cost
+from longalign_ray.data.make_plan import PlanSettings, make_plan
 from longalign_ray.data.packed import PackReader
-from longalign_ray.data.plan import StepPlan, make_plan
+from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.store import ExampleIndex, Pack, TokenStore, part_name, write_examples
 from longalign_ray.train import attention
 from longalign_ray.train.batch import to_batch
@@ -63,8 +64,10 @@ def quickstart_store(directory: Path, number: int) -> TokenStore:
         example_id=index.example_id[chosen],
         length=index.length[chosen],
         num_targets=index.num_targets[chosen],
+        sum_weights=index.sum_weights[chosen],
         file=np.zeros(len(chosen), np.int32),
         row=np.arange(len(chosen), dtype=np.int32),
+        source=index.source[chosen],
         heldout=np.zeros(len(chosen), np.bool_),
     ).save(store / "index.parquet")
     return TokenStore(store)
@@ -81,15 +84,10 @@ def build(layers: int) -> PackedLM:
 
 def packed_plan(store: TokenStore, *, capacity: int, world_size: int) -> StepPlan:
     cost = sequence_cost({**SHAPE, "num_hidden_layers": 1})
-    return make_plan(
-        store.index,
-        planner="best_fit",
-        capacity=capacity,
-        packs_per_step=4 * world_size,
-        world_size=world_size,
-        cost=cost,
-        seed=0,
+    settings = PlanSettings(
+        strategy="best_fit", capacity=capacity, packs_per_step=4 * world_size, world_size=world_size
     )
+    return make_plan(store.index, settings, cost=cost)
 
 
 def one_a_rank_plan(store: TokenStore, packed: StepPlan) -> StepPlan:
@@ -109,6 +107,7 @@ def one_a_rank_plan(store: TokenStore, packed: StepPlan) -> StepPlan:
         shape=(steps, micro_steps, groups),
         num_sequences=(targets > 0).sum(axis=1),
         num_targets=targets.sum(axis=1),
+        sum_weights=targets.sum(axis=1, dtype=np.float64),
     )
 
 

@@ -70,7 +70,8 @@ def test_packed_loss_and_gradient_on_the_gpu_equal_the_cpu() -> None:
     )
     random = np.random.default_rng(0)
     examples = [
-        Example(f"e{n}", random.integers(1, 64, n, dtype=np.int32), random.random(n) < 0.5) for n in (300, 2, 45, 170)
+        Example(f"e{n}", random.integers(1, 64, n, dtype=np.int32), 100 * (random.random(n) < 0.5))
+        for n in (300, 2, 45, 170)
     ]
     results = {}
     for device, dtype in (("cpu", torch.float64), ("cuda", torch.bfloat16)):

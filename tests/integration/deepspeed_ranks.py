@@ -27,7 +27,7 @@ def example(length: int, share: float) -> Example:
     random = np.random.default_rng(length)
     mask = random.random(length) < share
     mask[-1] = share > 0
-    return Example(f"e{length}", random.integers(1, 64, length, dtype=np.int32), mask)
+    return Example(f"e{length}", random.integers(1, 64, length, dtype=np.int32), 100 * mask.astype(np.uint8))
 
 
 # [rank][micro-step]: three, one and two sequences, one of them without a target, and an idle slot.
@@ -61,7 +61,7 @@ def reference() -> tuple[float, dict[str, torch.Tensor]]:
     for one in (one for rank in SLOTS for slot in rank for one in slot if one.num_targets):
         ids = torch.tensor(one.input_ids, dtype=torch.int64)
         token_losses = F.cross_entropy(model(ids[None], use_cache=False).logits[0, :-1], ids[1:], reduction="none")
-        losses.append(token_losses[torch.tensor(one.loss_mask[1:])].mean())
+        losses.append(token_losses[torch.tensor(one.loss_weight[1:] > 0)].mean())
     loss = torch.stack(losses).mean()
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}

@@ -41,7 +41,7 @@ def test_conversations_are_as_many_as_asked_for_and_the_same_for_the_same_seed(
 
     rows = [json.loads(line) for line in text.splitlines()]
     assert all(set(row) == {"id", "source", "messages"} for row in rows)
-    conversations = [parse_record(line, source="a", line_number=1) for line in text.splitlines()]
+    conversations = [parse_record(json.loads(line), source="a", line_number=1) for line in text.splitlines()]
     assert len({item.example_id for item in conversations}) == 9
     short = [item for item in conversations if item.example_id.startswith("short-")]
     long = [item for item in conversations if not item.example_id.startswith("short-")]

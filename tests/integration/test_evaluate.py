@@ -47,7 +47,10 @@ def base_url(models: dict[str, Path], local_ray: None) -> Iterator[str]:
 def heldout_examples() -> list[Example]:
     random = np.random.default_rng(0)
     masks = [np.arange(60) >= 50, np.arange(25) % 3 == 0, np.arange(300) >= 10]
-    return [Example(f"e{len(mask)}", random.integers(0, 256, len(mask), np.int32), mask) for mask in masks]
+    return [
+        Example(f"e{len(mask)}", random.integers(0, 256, len(mask), np.int32), 100 * mask.astype(np.uint8))
+        for mask in masks
+    ]
 
 
 def loss_by_transformers(model_dir: Path, examples: list[Example]) -> tuple[float, float]:
@@ -61,7 +64,7 @@ def loss_by_transformers(model_dir: Path, examples: list[Example]) -> tuple[floa
         with torch.inference_mode():
             logprobs = model(ids[None]).logits[0].log_softmax(-1)
         of_token = -logprobs[:-1].gather(1, ids[1:, None])[:, 0]
-        losses.append(of_token[torch.from_numpy(example.loss_mask[1:].copy())])
+        losses.append(of_token[torch.from_numpy(example.loss_weight[1:] > 0)])
     return float(torch.stack([loss.mean() for loss in losses]).mean()), float(torch.cat(losses).mean())
 
 

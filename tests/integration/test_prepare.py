@@ -69,7 +69,7 @@ def test_every_example_is_in_one_pack_and_decodes_to_its_conversation(tiny_model
             continue
         assert len(pack.input_ids) <= 1024
         for name, start, end in zip(pack.example_ids, pack.cu_seqlens[:-1], pack.cu_seqlens[1:], strict=True):
-            targets = tokenizer.decode(pack.input_ids[start:end][pack.loss_mask[start:end]])
+            targets = tokenizer.decode(pack.input_ids[start:end][pack.loss_weight[start:end] > 0])
             assert targets == "".join(f"{m['content']}<|im_end|>" for m in talks[name] if m["role"] == "assistant")
         seen += pack.example_ids
     index = TokenStore(run_dir.store).index

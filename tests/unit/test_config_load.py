@@ -6,6 +6,7 @@ import pytest
 
 from longalign_ray.config import RunConfig
 from longalign_ray.config_load import dump_config, load_config
+from longalign_ray.data.template import BUILT_IN
 from longalign_ray.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[2] / "jobs" / "recipes").glob("*.yaml"))
@@ -31,10 +32,17 @@ def test_recipes_load_and_read_back_equal(recipe: Path, tmp_path: Path) -> None:
     assert load_config(write(tmp_path, dump_config(config))) == config
 
 
-def test_recipes_name_files_that_exist() -> None:
+def test_recipes_name_templates_that_exist() -> None:
     templates = [template for path in RECIPES if (template := load_config(path).model.chat_template)]
     assert templates
-    assert all((Path(__file__).parents[2] / template).is_file() for template in templates)
+    assert set(templates) <= set(BUILT_IN)
+
+
+def test_prompt_loss_weight_goes_in_steps_of_a_hundredth(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "run_dir: runs/a\ndata:\n  prompt_loss_weight: 0.29\n")
+    assert load_config(recipe).data.prompt_loss_weight == 0.29
+    with pytest.raises(ConfigError, match=r"data\.prompt_loss_weight = 0\.005 is no multiple of 0\.01"):
+        load_config(recipe, ["data.prompt_loss_weight=0.005"])
 
 
 def test_defaults_and_overrides(tmp_path: Path) -> None:

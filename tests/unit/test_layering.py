@@ -41,6 +41,7 @@ LAYERS = {
     "evaluate.report": 6,
     "config_load": 7,
     "stages": 7,
+    "plan_command": 7,
     "cli": 7,
     "doctor": 7,
 }

@@ -23,7 +23,7 @@ def test_every_line_is_a_conversation_of_one_or_two_turns():
     assert len({chat["id"] for chat in CHATS}) == len(CHATS)
     assert len({chat["messages"][0]["content"] for chat in CHATS}) == len(CHATS)
     for number, line in enumerate(LINES, start=1):
-        conversation = parse_record(line, source="short_chats.jsonl", line_number=number)
+        conversation = parse_record(json.loads(line), source="short_chats.jsonl", line_number=number)
         roles = [message.role for message in conversation.messages]
         assert roles in (["user", "assistant"], ["user", "assistant"] * 2)
 

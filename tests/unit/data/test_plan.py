@@ -6,13 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from longalign_ray.data.cost import SequenceCost
-from longalign_ray.data.plan import StepPlan, make_plan
+from longalign_ray.data.make_plan import PlanSettings, make_plan, plan_lengths
+from longalign_ray.data.plan import StepPlan
+from longalign_ray.data.planners import PLANNERS
 from longalign_ray.data.store import ExampleIndex
 from longalign_ray.errors import PlanMismatchError
 
 COST = SequenceCost(1.0, 0.01)
+STRATEGIES = ["deal", *PLANNERS]
+TOTALS = ("num_sequences", "num_targets", "sum_weights", "epoch")
 
 
 def make_index(lengths: list[int], *, targets: list[int] | None = None, heldout: tuple[int, ...] = ()) -> ExampleIndex:
@@ -21,15 +27,17 @@ def make_index(lengths: list[int], *, targets: list[int] | None = None, heldout:
         example_id=np.array([f"e{i}" for i in range(n)], dtype=object),
         length=np.array(lengths, np.int32),
         num_targets=np.array(targets if targets is not None else [1] * n, np.int32),
+        sum_weights=np.array(targets if targets is not None else [1] * n, np.float64) / 2,
         file=np.zeros(n, np.int32),
         row=np.arange(n, dtype=np.int32),
+        source=np.full(n, "corpus", object),
         heldout=np.isin(np.arange(n), heldout),
     )
 
 
 def plan_of(index: ExampleIndex, **changes) -> StepPlan:
-    settings = {"planner": "best_fit", "capacity": 64, "packs_per_step": 4, "world_size": 2, "cost": COST, "seed": 0}
-    return make_plan(index, **{**settings, **changes})
+    chosen = {"strategy": "best_fit", "capacity": 64, "packs_per_step": 4, "world_size": 2}
+    return make_plan(index, PlanSettings(**{**chosen, **changes}), cost=COST)
 
 
 @pytest.fixture
@@ -37,11 +45,11 @@ def index() -> ExampleIndex:
     return make_index(np.random.default_rng(1).integers(1, 65, 50).tolist(), heldout=(3, 7))
 
 
-@pytest.mark.parametrize("planner", ["best_fit", "naive"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_every_example_exactly_once_an_epoch(index: ExampleIndex, planner: str, world_size: int, epochs: int) -> None:
-    plan = plan_of(index, planner=planner, world_size=world_size, epochs=epochs)
+def test_every_example_exactly_once_an_epoch(index: ExampleIndex, strategy: str, world_size: int, epochs: int) -> None:
+    plan = plan_of(index, strategy=strategy, world_size=world_size, epochs=epochs)
     expected = [row for row in range(50) if row not in (3, 7)] * epochs
     assert sorted(plan.example_rows.tolist()) == sorted(expected)
     assert plan.slot_tokens().max() <= 64
@@ -56,12 +64,110 @@ def step_sets(plan: StepPlan) -> list[list[int]]:
     ]
 
 
-def test_steps_are_the_same_on_any_number_of_ranks(index: ExampleIndex) -> None:
-    plans = [plan_of(index, world_size=world_size, epochs=2) for world_size in (1, 2, 4, 5)]
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_steps_are_the_same_on_any_world(index: ExampleIndex, strategy: str) -> None:
+    worlds = [(1, 1), (2, 1), (4, 1), (5, 1), (2, 2), (4, 2), (4, 4), (6, 3)]
+    plans = [plan_of(index, strategy=strategy, world_size=r, sp_degree=p, epochs=2) for r, p in worlds]
+    plans += [plan_of(index, strategy=strategy, balance=balance, epochs=2) for balance in ("sums", "none")]
     assert len({plan.digest for plan in plans}) == 1
-    assert len({plan.layout_digest for plan in plans}) == 4
+    assert len({plan.layout_digest for plan in plans}) > 4
     assert all(step_sets(plan) == step_sets(plans[0]) for plan in plans)
-    assert [plan.shape[1:] for plan in plans] == [(4, 1), (2, 2), (1, 4), (1, 5)]
+    assert [plan.shape[1:] for plan in plans[:8]] == [(4, 1), (2, 2), (1, 4), (1, 5), (2, 1), (1, 2), (1, 1), (1, 2)]
+    for plan in plans:
+        assert plan.slot_tokens().max() <= 64 * plan.sp_degree
+        assert all(np.array_equal(getattr(plan, name), getattr(plans[0], name)) for name in TOTALS)
+
+
+@pytest.mark.parametrize("strategy", ["deal", "best_fit"])
+@pytest.mark.parametrize("cut", [0, 3, 6])
+def test_a_plan_is_cut_at_any_step_and_continued_elsewhere(index: ExampleIndex, strategy: str, cut: int) -> None:
+    first = plan_of(index, strategy=strategy, world_size=2)
+    second = plan_of(index, strategy=strategy, world_size=4, sp_degree=2, balance="sums")
+    assert first.num_steps == second.num_steps > 6
+    trained = [row for rows in step_sets(first)[:cut] + step_sets(second)[cut:] for row in rows]
+    assert sorted(trained) == [row for row in range(50) if row not in (3, 7)]
+
+
+@pytest.mark.parametrize("strategy", ["deal", "best_fit"])
+def test_an_example_longer_than_a_ranks_room_needs_a_group(strategy: str) -> None:
+    """100 of 64 tokens: two ranks or more share it; the steps are those of any degree that can hold it."""
+    index = make_index([100, 20, 64, 30, 128, 1, 50, 60])
+    with pytest.raises(PlanMismatchError, match=r"128 tokens and packing\.capacity = 64: raise"):
+        plan_of(index, strategy=strategy)
+    with pytest.raises(PlanMismatchError, match="5 ranks cannot form groups of sp_degree = 2"):
+        plan_of(index, strategy=strategy, world_size=5, sp_degree=2)
+    plans = [plan_of(index, strategy=strategy, world_size=r, sp_degree=p) for r, p in ((2, 2), (4, 2), (4, 4), (8, 4))]
+    assert len({plan.digest for plan in plans}) == 1
+    for plan in plans:
+        assert sorted(plan.example_rows.tolist()) == list(range(8))
+        assert plan.slot_tokens().max() <= 64 * plan.sp_degree
+
+
+def test_rows_may_repeat_and_change_with_the_epoch(index: ExampleIndex) -> None:
+    twice = PlanSettings(capacity=64, packs_per_step=4, epochs=2)
+    chosen = {0: np.array([1, 1, 5, 8]), 1: np.array([2, 5])}
+    plan = make_plan(index, twice, cost=COST, rows=chosen.__getitem__)
+    assert sorted(plan.example_rows.tolist()) == [1, 1, 2, 5, 5, 8]
+    assert sorted(make_plan(index, twice, cost=COST, rows=chosen[0]).example_rows.tolist()) == [1, 1, 1, 1, 5, 5, 8, 8]
+
+
+def test_auto_takes_the_plan_nearest_to_ideal_time(index: ExampleIndex, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    plans = {strategy: plan_of(index, strategy=strategy) for strategy in ("deal", "best_fit")}
+    best = min(plans.values(), key=StepPlan.imbalance)
+    assert plan_of(index, strategy="auto").layout_digest == best.layout_digest
+    assert f"deal {1 / plans['deal'].imbalance():.3f}" in caplog.text
+    assert f"{best.strategy} it is" in caplog.text
+
+
+def test_sorted_keeps_groups_of_like_length_together() -> None:
+    """Eight lengths in groups of two: with two ranks and no balancing, a micro-step is a group."""
+    lengths = [5, 40, 7, 39, 20, 21, 60, 61]
+    plan = plan_of(make_index(lengths), strategy="sorted", group_size=2, balance="none", packs_per_step=4)
+    pairs = {tuple(sorted(pair)) for pair in plan.slot_tokens().reshape(-1, 2).tolist()}
+    assert pairs == {(5, 7), (20, 21), (39, 40), (60, 61)}
+
+
+def test_bare_lengths_count_all_tokens_but_the_first() -> None:
+    plan = plan_lengths(np.array([1, 5, 9]), PlanSettings(capacity=16, packs_per_step=1), cost=COST)
+    assert (plan.num_sequences.sum(), plan.num_targets.sum(), plan.sum_weights.sum()) == (2, 12, 12)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 64), min_size=1, max_size=80),
+    strategy=st.sampled_from(STRATEGIES),
+    balance=st.sampled_from(["lock_step", "sums", "none"]),
+    groups=st.integers(1, 5),
+    sp_degree=st.sampled_from([1, 2, 3, 4]),
+    packs_per_step=st.integers(1, 12),
+    fill=st.sampled_from([0.3, 0.9, 1.0]),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=300, deadline=None)
+def test_conservation(
+    lengths: list[int], strategy: str, balance: str, groups: int, sp_degree: int, packs_per_step: int, fill: float,
+    seed: int,
+) -> None:  # fmt: skip
+    made = plan_lengths(
+        np.array(lengths),
+        PlanSettings(
+            capacity=64,
+            packs_per_step=packs_per_step,
+            world_size=groups * sp_degree,
+            sp_degree=sp_degree,
+            strategy=strategy,
+            balance=balance,
+            fill=fill,
+            seed=seed,
+            epochs=2,
+        ),
+        cost=COST,
+    )
+    assert sorted(made.example_rows.tolist()) == sorted(2 * list(range(len(lengths))))
+    assert made.lengths.tolist() == [lengths[row] for row in made.example_rows.tolist()]
+    assert made.slot_tokens().max() <= 64 * sp_degree
+    assert made.slot_tokens().sum(axis=(1, 2)).min() > 0
+    assert made.step_imbalance().min() >= 1 - 1e-12
 
 
 def test_totals_of_a_step_by_hand() -> None:
@@ -70,6 +176,7 @@ def test_totals_of_a_step_by_hand() -> None:
     assert plan.num_steps == 1
     assert plan.num_sequences.tolist() == [5]
     assert plan.num_targets.tolist() == [11]
+    assert plan.sum_weights.tolist() == [5.5]
 
 
 def test_totals_agree_with_the_slots(index: ExampleIndex) -> None:
@@ -101,10 +208,18 @@ def test_costs_fill_and_imbalance() -> None:
     costs = sorted(plan.slot_costs()[plan.slot_tokens() > 0])
     assert costs == pytest.approx([64 + 0.01 * 2 * 32**2, 64 + 0.01 * 64**2, 64 + 0.01 * 64**2])
     assert plan.imbalance() > 1
+    # Two steps of two ranks: 64 beside 32 + 32, and 64 beside nothing.
+    took = [64 + 0.01 * 64**2] * 2
+    ideal = [(128 + 0.01 * (64**2 + 2 * 32**2)) / 2, (64 + 0.01 * 64**2) / 2]
+    assert sorted(plan.step_imbalance()) in (
+        pytest.approx(sorted(np.array(took) / ideal)),
+        pytest.approx([1, took[0] / ideal[1]]),
+    )
+    assert plan.imbalance() >= min(plan.step_imbalance())
 
 
 def test_save_and_load(index: ExampleIndex, tmp_path: Path) -> None:
-    plan = plan_of(index)
+    plan = plan_of(index, strategy="deal", sp_degree=2, balance="sums")
     plan.save(tmp_path / "plan.npz")
     again = StepPlan.load(tmp_path / "plan.npz")
     assert (again.digest, again.layout_digest, again.shape, again.cost) == (
@@ -114,6 +229,10 @@ def test_save_and_load(index: ExampleIndex, tmp_path: Path) -> None:
         plan.cost,
     )
     assert again.epoch.tolist() == plan.epoch.tolist()
+    assert (again.strategy, again.balance, again.sp_degree, again.num_carried) == ("deal", "sums", 2, plan.num_carried)
+    with np.load(tmp_path / "plan.npz") as file:
+        assert file["sp_degree"] == 2
+        assert file["shape"].tolist() == list(plan.shape)
 
 
 def test_an_altered_or_missing_plan_is_refused(index: ExampleIndex, tmp_path: Path) -> None:

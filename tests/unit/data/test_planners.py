@@ -1,11 +1,16 @@
-"""Packs hold every item once, never more than the capacity, and as few of them as best-fit decreasing can."""
+"""Packs hold every item once and never more than the capacity; each planner follows its definition."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from longalign_ray.data.planners import PLANNERS, Packs, best_fit, naive
+from longalign_ray.data.best_fit import lower_bound
+from longalign_ray.data.planners import MOST_OPEN, PLANNERS, WINDOW, Packs, best_fit, by_length, naive, next_fit
+from longalign_ray.data.planners import streaming as stream
+from tests.unit.data.mixes import long_context_mix
 
 
 def reference_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -21,6 +26,20 @@ def reference_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     return packs
 
 
+def paper_packs(lengths: list[int], capacity: int) -> list[list[int]]:
+    """LongAlign's rule: closed when the next would reach the capacity, the longest left out, the last not written."""
+    packs: list[list[int]] = []
+    open_pack: list[int] = []
+    for item, length in enumerate(lengths):
+        if length >= capacity:
+            continue
+        if sum(lengths[i] for i in open_pack) + length >= capacity:
+            packs.append(open_pack)
+            open_pack = []
+        open_pack.append(item)
+    return packs
+
+
 def contents(packs: Packs) -> list[list[int]]:
     return [packs.members[a:b].tolist() for a, b in zip(packs.offsets[:-1], packs.offsets[1:], strict=True)]
 
@@ -33,6 +52,7 @@ def test_hand_example() -> None:
     # 7 opens a pack with room 3; 5 opens one with room 5; 4 fits there (room 1); 3 fills the first; 2 opens a third.
     packs = best_fit(np.array([4, 7, 2, 3, 5]), 10)
     assert contents(packs) == [[1, 3], [4, 0], [2]]
+    assert packs.pack_of_member.tolist() == [0, 0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("capacity", [10, 255, 256, 257, 1000])
@@ -45,28 +65,94 @@ def test_equals_the_slow_reference(capacity: int, seed: int) -> None:
     assert sorted(loads(packs, lengths)) == sorted(sum(lengths[i] for i in pack) for pack in reference)
 
 
-@pytest.mark.parametrize("name", sorted(PLANNERS))
-@pytest.mark.parametrize("lengths", [[1], [8], [8, 8, 8], [1] * 30, [3, 8, 5, 1, 2, 7, 4, 6]])
-def test_every_item_in_exactly_one_pack_within_capacity(name: str, lengths: list[int]) -> None:
-    packs = PLANNERS[name](np.array(lengths), 8)
+@given(
+    capacity=st.sampled_from([1, 8, 255, 256, 300]),
+    shares=st.lists(st.floats(0, 1), min_size=1, max_size=60),
+    name=st.sampled_from(sorted(PLANNERS)),
+)
+@settings(max_examples=300, deadline=None)
+def test_every_item_in_exactly_one_pack_within_capacity(capacity: int, shares: list[float], name: str) -> None:
+    lengths = np.array([max(1, round(share * capacity)) for share in shares])
+    packs = PLANNERS[name](lengths, capacity)
     assert sorted(packs.members.tolist()) == list(range(len(lengths)))
-    assert loads(packs, np.array(lengths)).max() <= 8
+    assert loads(packs, lengths).max() <= capacity
     assert all(len(members) > 0 for members in contents(packs))
+    assert lower_bound(lengths, capacity) <= len(packs)
 
 
-def test_an_item_of_exactly_the_capacity_survives_and_the_last_pack_is_kept() -> None:
-    packs = best_fit(np.array([64, 64, 1]), 64)
-    assert contents(packs) == [[0], [1], [2]]
+@pytest.mark.parametrize("name", sorted(PLANNERS))
+def test_an_item_of_exactly_the_capacity_survives_and_the_last_pack_is_kept(name: str) -> None:
+    assert sorted(map(sorted, contents(PLANNERS[name](np.array([64, 64, 1]), 64)))) == [[0], [1], [2]]
 
 
-def test_naive_keeps_order() -> None:
-    assert contents(naive(np.array([3, 1, 2]), 8)) == [[0], [1], [2]]
+def test_naive_keeps_order_and_sorted_sorts() -> None:
+    assert contents(naive(np.array([3, 1, 2, 3]), 8)) == [[0], [1], [2], [3]]
+    assert contents(by_length(np.array([3, 1, 2, 3]), 8)) == [[0], [3], [2], [1]]
+
+
+def test_next_fit_by_hand() -> None:
+    # 3 + 4 = 7; 2 would make 9; 2 + 6 = 8 is exactly full; 1 would make 9
+    assert contents(next_fit(np.array([3, 4, 2, 6, 1]), 8)) == [[0, 1], [2, 3], [4]]
+
+
+@given(lengths=st.lists(st.integers(1, 16), min_size=1, max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_next_fit_gives_the_papers_packs(lengths: list[int]) -> None:
+    """As its docstring says: a capacity less by one, without the longest and without the last pack."""
+    kept = np.flatnonzero(np.array(lengths) < 16)
+    if len(kept) == 0:
+        return
+    packs = contents(next_fit(np.array(lengths)[kept], 15))
+    assert [kept[pack].tolist() for pack in packs[:-1]] == paper_packs(lengths, 16)
+
+
+def test_streaming_by_hand() -> None:
+    """One window, so best-fit decreasing; and the fullest of the open packs is closed for a new one."""
+    assert sorted(map(sorted, contents(stream(np.array([4, 7, 2, 3, 5]), 10)))) == [[0, 4], [1, 3], [2]]
+    lengths = np.concatenate([np.full(WINDOW, 6), np.full(MOST_OPEN, 4)])
+    packs = stream(lengths, 10)
+    assert sorted(np.bincount(loads(packs, lengths), minlength=11)[[6, 10]]) == [MOST_OPEN, WINDOW - MOST_OPEN]
+
+
+def test_streaming_keeps_no_more_than_256_packs_open() -> None:
+    lengths = np.random.default_rng(0).integers(1, 1_000, 20_000)
+    packs = stream(lengths, 1_000)
+    window = np.arange(len(lengths)) // WINDOW
+    first = np.array([window[members].min() for members in contents(packs)])
+    last = np.array([window[members].max() for members in contents(packs)])
+    for number in range(1, window[-1] + 1):
+        assert np.count_nonzero((first < number) & (last >= number)) <= MOST_OPEN
 
 
 def test_long_tailed_mix_is_within_one_pack_of_the_bound() -> None:
-    """A mix as in long-context SFT: 90 % lognormal of median 900, 10 % uniform 8k-64k."""
-    random = np.random.default_rng(0)
-    short = np.clip(random.lognormal(np.log(900), 1.0, 9_000), 1, 8_192).astype(np.int64)
-    lengths = random.permutation(np.concatenate([short, random.integers(8_192, 65_537, 1_000)]))
-    packs = best_fit(lengths, 65_536)
-    assert len(packs) <= -(-lengths.sum() // 65_536) + 1
+    lengths = long_context_mix(10_000, seed=0)
+    bound = lower_bound(lengths, 65_536)
+    assert bound == -(-lengths.sum() // 65_536)
+    assert len(best_fit(lengths, 65_536)) <= bound + 1
+    assert len(stream(lengths, 65_536)) <= bound + 2
+
+
+def slow_lower_bound(lengths: list[int], capacity: int) -> int:
+    """The definition of L2, a threshold at a time."""
+    best = 0
+    for a in range(capacity // 2 + 1):
+        alone = [x for x in lengths if x > capacity - a]
+        halves = [x for x in lengths if capacity / 2 < x <= capacity - a]
+        small = [x for x in lengths if a <= x <= capacity / 2]
+        missing = sum(small) - (len(halves) * capacity - sum(halves))
+        best = max(best, len(alone) + len(halves) + max(0, -(-missing // capacity)))
+    return best
+
+
+def test_lower_bound_by_hand() -> None:
+    assert lower_bound(np.array([6, 6, 6]), 10) == 3  # two of them never share
+    assert lower_bound(np.array([5, 5, 5]), 10) == 2
+    assert lower_bound(np.array([8, 8, 3, 3, 3]), 10) == 3  # the 3s find no room beside the 8s
+
+
+@given(capacity=st.integers(1, 30), shares=st.lists(st.floats(0, 1), min_size=1, max_size=30))
+@settings(max_examples=200, deadline=None)
+def test_lower_bound_equals_its_definition(capacity: int, shares: list[float]) -> None:
+    lengths = [max(1, round(share * capacity)) for share in shares]
+    assert lower_bound(np.array(lengths), capacity) == slow_lower_bound(lengths, capacity)
+    assert lower_bound(np.array(lengths), capacity) >= -(-sum(lengths) // capacity)

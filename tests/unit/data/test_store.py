@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 
 from longalign_ray.data.cost import SequenceCost
+from longalign_ray.data.make_plan import PlanSettings, make_plan
 from longalign_ray.data.packed import PackReader, num_packed_files, write_layout, write_packed_file
-from longalign_ray.data.plan import StepPlan, make_plan
+from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.store import BatchFile, Example, ExampleIndex, Pack, TokenStore, part_name, write_examples
 from longalign_ray.errors import PackFormatError, PlanMismatchError
+
+WEIGHTS = np.array([0, 0, 0, 7, 30, 100], np.uint8)
 
 
 def random_examples(number: int, *, seed: int = 0) -> list[Example]:
     random = np.random.default_rng(seed)
     return [
-        Example(f"example-{i}", random.integers(0, 2**31 - 1, n, dtype=np.int32), random.random(n) < 0.3)
+        Example(f"example-{i}", random.integers(0, 2**31 - 1, n, dtype=np.int32), random.choice(WEIGHTS, n))
         for i, n in enumerate(random.integers(1, 40, number).tolist())
     ]
 
@@ -31,8 +34,10 @@ def write_store(directory: Path, parts: list[list[Example]]) -> TokenStore:
         example_id=np.array([example.example_id for example in flat], dtype=object),
         length=np.array([example.length for example in flat], np.int32),
         num_targets=np.array([example.num_targets for example in flat], np.int32),
+        sum_weights=np.array([example.sum_weights for example in flat]),
         file=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts]),
         row=np.concatenate([np.arange(len(part), dtype=np.int32) for part in parts]),
+        source=np.full(len(flat), "corpus", object),
         heldout=np.zeros(len(flat), np.bool_),
     ).save(directory / "index.parquet")
     return TokenStore(directory)
@@ -41,9 +46,9 @@ def write_store(directory: Path, parts: list[list[Example]]) -> TokenStore:
 def assert_equal(one: Example, other: Example) -> None:
     assert one.example_id == other.example_id
     assert one.input_ids.dtype == np.int32
-    assert one.loss_mask.dtype == np.bool_
+    assert one.loss_weight.dtype == np.uint8
     np.testing.assert_array_equal(one.input_ids, other.input_ids)
-    np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
+    np.testing.assert_array_equal(one.loss_weight, other.loss_weight)
 
 
 def test_rows_come_back_across_files_and_record_batches(tmp_path: Path) -> None:
@@ -55,16 +60,17 @@ def test_rows_come_back_across_files_and_record_batches(tmp_path: Path) -> None:
 
 
 def test_first_token_is_never_a_target() -> None:
-    assert Example("a", np.arange(3, dtype=np.int32), np.array([True, False, True])).num_targets == 1
+    example = Example("a", np.arange(3, dtype=np.int32), np.array([100, 0, 29], np.uint8))
+    assert (example.num_targets, example.sum_weights) == (1, 0.29)
 
 
 def test_pack_of_by_hand() -> None:
-    one = Example("a", np.array([1, 2, 3], np.int32), np.array([False, True, True]))
-    two = Example("b", np.array([4, 5], np.int32), np.array([False, True]))
+    one = Example("a", np.array([1, 2, 3], np.int32), np.array([0, 100, 30], np.uint8))
+    two = Example("b", np.array([4, 5], np.int32), np.array([0, 1], np.uint8))
     pack = Pack.of([one, two])
     assert pack.cu_seqlens.tolist() == [0, 3, 5]
     assert pack.input_ids.tolist() == [1, 2, 3, 4, 5]
-    assert pack.loss_mask.tolist() == [False, True, True, False, True]
+    assert pack.loss_weight.tolist() == [0, 100, 30, 0, 1]
     assert pack.example_ids == ("a", "b")
 
 
@@ -75,15 +81,8 @@ def store(tmp_path: Path) -> TokenStore:
 
 
 def plan_for(store: TokenStore, world_size: int) -> StepPlan:
-    return make_plan(
-        store.index,
-        planner="best_fit",
-        capacity=64,
-        packs_per_step=5,
-        world_size=world_size,
-        cost=SequenceCost(1.0, 0.1),
-        seed=0,
-    )
+    settings = PlanSettings(strategy="best_fit", capacity=64, packs_per_step=5, world_size=world_size)
+    return make_plan(store.index, settings, cost=SequenceCost(1.0, 0.1))
 
 
 def write_packed(store: TokenStore, plan: StepPlan, directory: Path, *, steps_per_file: int = 3) -> None:
@@ -110,7 +109,7 @@ def test_packed_blocks_equal_the_store_in_every_slot(store: TokenStore, tmp_path
             continue
         assert one.example_ids == other.example_ids
         np.testing.assert_array_equal(one.input_ids, other.input_ids)
-        np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
+        np.testing.assert_array_equal(one.loss_weight, other.loss_weight)
         np.testing.assert_array_equal(one.cu_seqlens, other.cu_seqlens)
         seen += one.example_ids
     assert sorted(seen) == sorted(store.index.example_id)

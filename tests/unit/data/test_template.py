@@ -18,15 +18,16 @@ def test_prompt_ends_with_the_cue(tiny_model_dir: Path) -> None:
 
 
 def test_prompt_is_a_prefix_of_the_training_example(tiny_model_dir: Path) -> None:
+    from longalign_ray.config import DataConfig
     from longalign_ray.data.conversation import Conversation, Message
-    from longalign_ray.data.tokenize import tokenize_conversation
+    from longalign_ray.data.tokenize import ConversationTokenizer
 
     tokenizer = load_tokenizer(tiny_model_dir)
     prompt = encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}])
     talk = Conversation("x", (Message("user", "Hi"), Message("assistant", "Yo")), "test")
-    example, _ = tokenize_conversation(talk, tokenizer, max_length=100, too_long="reject")
+    (example,) = ConversationTokenizer(tokenizer, DataConfig()).one(talk).examples
     assert example.input_ids[: len(prompt)].tolist() == prompt
-    assert example.loss_mask.tolist().index(True) == len(prompt)
+    assert example.loss_weight.tolist().index(100) == len(prompt)
 
 
 def test_directory_without_tokenizer_or_template(tiny_model_dir: Path, tmp_path: Path) -> None:

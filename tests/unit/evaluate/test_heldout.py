@@ -12,7 +12,7 @@ from longalign_ray.evaluate.task import AnswerError
 
 
 def example(ids: list[int], mask: list[int]) -> Example:
-    return Example("a", np.array(ids, np.int32), np.array(mask, bool))
+    return Example("a", np.array(ids, np.int32), 100 * np.array(mask, np.uint8))
 
 
 def answer(logprobs: list[Any]) -> dict[str, Any]:
@@ -23,12 +23,12 @@ def test_a_case_asks_for_the_echo_of_its_ids():
     (case,) = heldout_cases([example([5, 6, 7], [0, 0, 1])])
     assert case.path == "/completions"
     assert case.request == {"prompt": [5, 6, 7], "echo": True, "logprobs": 1, "max_tokens": 0, "temperature": 0.0}
-    assert case.reference == [2]
+    assert case.reference == {"positions": [2], "weights": [1.0]}
 
 
 def test_the_first_token_is_no_target_and_examples_without_targets_are_left_out():
     cases = heldout_cases([example([5, 6, 7], [1, 0, 1]), example([5, 6], [1, 0]), example([5, 6], [0, 0])])
-    assert [case.reference for case in cases] == [[2]]
+    assert [case.reference["positions"] for case in cases] == [[2]]
 
 
 def test_every_sequence_counts_equally():

@@ -64,8 +64,10 @@ def write_artefacts(run_dir: RunDir) -> None:
         example_id=np.array([f"e{number}" for number in range(7)], dtype=object),
         length=lengths,
         num_targets=np.full(7, 11, np.int32),
+        sum_weights=np.full(7, 11.0),
         file=np.zeros(7, np.int32),
         row=np.arange(7, dtype=np.int32),
+        source=np.full(7, "corpus", object),
         heldout=np.arange(7) == 6,
     )
     run_dir.store.mkdir(parents=True)
@@ -78,6 +80,7 @@ def write_artefacts(run_dir: RunDir) -> None:
         shape=(2, 2, 2),
         num_sequences=np.array([4, 2]),
         num_targets=np.array([44, 22]),
+        sum_weights=np.array([44.0, 22.0]),
         epoch=np.array([0, 0]),
         capacity=100,
         seed=0,

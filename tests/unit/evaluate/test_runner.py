@@ -24,7 +24,7 @@ from tests.unit.evaluate.stub_server import Reply, chat, echo, stub_server
 from tests.unit.evaluate.tokenizers import make_tokenizer
 
 NEEDLES = NeedleConfig(lengths=(1_000, 1_500), depths=(0, 50, 100))
-HELDOUT = [Example(f"e{size}", np.arange(size, dtype=np.int32), np.arange(size) > 2) for size in (6, 4, 9)]
+HELDOUT = [Example(f"e{size}", np.arange(size, dtype=np.int32), 100 * (np.arange(size) > 2)) for size in (6, 4, 9)]
 NUM_CASES = 2 * (6 + 3)
 HAYSTACK = default_haystack(0, min_chars=10_000)
 

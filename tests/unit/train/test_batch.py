@@ -10,7 +10,7 @@ from longalign_ray.train.batch import dummy_pack, to_batch
 def test_batch_by_hand() -> None:
     pack = Pack(
         input_ids=np.array([5, 6, 7, 8, 9], np.int32),
-        loss_mask=np.array([False, True, True, True, True]),
+        loss_weight=np.array([0, 100, 100, 100, 50], np.uint8),
         cu_seqlens=np.array([0, 3, 5], np.int32),
         example_ids=("a", "b"),
     )
@@ -20,8 +20,8 @@ def test_batch_by_hand() -> None:
     assert batch.max_seqlen == 3
     assert batch.target_positions_N.tolist() == [0, 1, 3]
     assert batch.labels_N.tolist() == [6, 7, 9]
-    assert batch.weights_N.tolist() == [0.5, 0.5, 1.0]
-    assert to_batch(pack, loss="token").weights_N.tolist() == [1.0, 1.0, 1.0]
+    assert batch.weights_N.tolist() == [0.5, 0.5, 1.0]  # one target counts whole, whatever it weighs
+    assert to_batch(pack, loss="token").weights_N.tolist() == [1.0, 1.0, 0.5]
     assert batch.cu_seqlens.dtype == torch.int32
 
 

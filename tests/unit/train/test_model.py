@@ -14,7 +14,7 @@ from longalign_ray.data.store import Example, Pack
 from longalign_ray.errors import ModelError
 from longalign_ray.train import attention
 from longalign_ray.train.batch import dummy_pack, to_batch
-from longalign_ray.train.loss import backward_scale
+from longalign_ray.train.loss import LossKind, backward_scale
 from longalign_ray.train.model import PackedLM, load_for_training, prepare_model, verify_isolation
 
 SHAPE: dict[str, Any] = {
@@ -64,11 +64,14 @@ def build(config: Any, *, packed: bool, dtype: torch.dtype = torch.float64) -> A
     return AutoModelForCausalLM.from_config(config, attn_implementation=name).to(dtype)
 
 
+WEIGHTS = np.array([100, 100, 30, 1])  # answers, a message with its own weight, a prompt loss weight of 0.01
+
+
 def random_example(length: int, *, share: float, seed: int) -> Example:
     random = np.random.default_rng(seed)
-    mask = random.random(length) < share
-    mask[-1] = share > 0
-    return Example(f"e{seed}", random.integers(1, 64, length, dtype=np.int32), mask)
+    weight = np.where(random.random(length) < share, random.choice(WEIGHTS, length), 0).astype(np.uint8)
+    weight[-1] = 100 if share > 0 else 0
+    return Example(f"e{seed}", random.integers(1, 64, length, dtype=np.int32), weight)
 
 
 EXAMPLES = [
@@ -77,39 +80,46 @@ EXAMPLES = [
 PACKS = [EXAMPLES[:3], EXAMPLES[3:], []]  # three packs of one step: 3, 2 and no sequences; one has no target
 
 
-def one_at_a_time(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    """Eq. 2 by its definition: the mean over sequences of the mean over targets, by the model's own forward pass."""
-    losses = []
+def one_at_a_time(model: Any, *, kind: LossKind = "sequence") -> tuple[float, dict[str, torch.Tensor]]:
+    """The losses by their definition, by the model's own forward pass.
+
+    Eq. 2: the mean over sequences of the weighted mean over targets; or the weighted mean over all targets.
+    """
+    losses, sums = [], []
     for example in EXAMPLES:
         if example.num_targets == 0:
             continue
         ids = torch.tensor(example.input_ids, dtype=torch.int64)
         logits = model(input_ids=ids[None], use_cache=False).logits[0]
         token_losses = F.cross_entropy(logits[:-1], ids[1:], reduction="none")
-        losses.append(token_losses[torch.tensor(example.loss_mask[1:])].mean())
-    loss = torch.stack(losses).mean()
+        weights = torch.tensor(example.loss_weight[1:], dtype=torch.float64) / 100
+        losses.append((weights * token_losses).sum())
+        sums.append(weights.sum())
+    pairs = zip(losses, sums, strict=True)
+    loss = torch.stack([a / b for a, b in pairs]).mean() if kind == "sequence" else sum(losses) / sum(sums)
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def packed(model: PackedLM, *, world_size: int = 1) -> tuple[float, dict[str, Any]]:
+def packed(model: PackedLM, *, world_size: int = 1, kind: LossKind = "sequence") -> tuple[float, dict[str, Any]]:
     """The same by packs: every rank's backward, then the average over ranks that data parallelism makes."""
     total = 0.0
+    step_total = 4 if kind == "sequence" else sum(example.sum_weights for example in EXAMPLES)
     for examples in PACKS:
-        batch = to_batch(Pack.of(examples) if examples else dummy_pack(), loss="sequence")
+        batch = to_batch(Pack.of(examples) if examples else dummy_pack(), loss=kind)
         weighted = model(batch)
-        (weighted * backward_scale(world_size, 4) / world_size).backward()
-        total += weighted.item() / 4
+        (weighted * backward_scale(world_size, step_total) / world_size).backward()
+        total += weighted.item() / step_total
     return total, {name.removeprefix("model."): p.grad for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_gradient_equals_one_sequence_at_a_time(family: str, checkpointing: bool) -> None:
+@pytest.mark.parametrize(("kind", "checkpointing"), [("sequence", False), ("sequence", True), ("token", True)])
+def test_packed_gradient_equals_one_sequence_at_a_time(family: str, kind: LossKind, checkpointing: bool) -> None:
     config = FAMILIES[family]()
-    reference_loss, reference = one_at_a_time(build(config, packed=False))
+    reference_loss, reference = one_at_a_time(build(config, packed=False), kind=kind)
     model = prepare_model(build(config, packed=True), gradient_checkpointing=checkpointing, head_chunk=3)
-    loss, gradients = packed(model, world_size=3)
+    loss, gradients = packed(model, world_size=3, kind=kind)
     assert loss == pytest.approx(reference_loss, abs=1e-12)
     assert gradients.keys() == reference.keys()
     scale = max(gradient.abs().max().item() for gradient in reference.values())
@@ -122,7 +132,7 @@ def test_a_changed_token_moves_no_other_sequence(family: str) -> None:
     model = prepare_model(build(FAMILIES[family](), packed=True), gradient_checkpointing=False, head_chunk=8)
     with torch.no_grad():
         before = model.hidden_states(to_batch(Pack.of(EXAMPLES), loss="sequence"))
-        changed = Example("x", EXAMPLES[1].input_ids.copy(), EXAMPLES[1].loss_mask)
+        changed = Example("x", EXAMPLES[1].input_ids.copy(), EXAMPLES[1].loss_weight)
         changed.input_ids[0] = (changed.input_ids[0] + 1) % 64
         after = model.hidden_states(to_batch(Pack.of([EXAMPLES[0], changed, *EXAMPLES[2:]]), loss="sequence"))
     moved = (before != after).any(dim=-1).nonzero().ravel().tolist()

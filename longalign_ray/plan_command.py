@@ -1,0 +1,291 @@
+"""`longalign plan`: what a plan would cost, before anything is trained; from a recipe or from bare lengths."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longalign_ray.data.best_fit import lower_bound_of_counts
+from longalign_ray.data.cost import LLAMA_2_7B, SequenceCost, sequence_cost
+from longalign_ray.data.make_plan import CANDIDATES, PlanSettings, plan_lengths
+from longalign_ray.data.plan import StepPlan
+from longalign_ray.data.plan_file import PlanWriter
+from longalign_ray.data.plan_groups import GROUP, GroupPlan, plan_groups, seeded_rows
+from longalign_ray.errors import ConfigError, LongAlignError, PlanMismatchError
+
+logger = logging.getLogger(__name__)
+
+BESIDE = (("next_fit", "none", "the paper's packing"), ("naive", "none", "one sequence a rank"))
+"""Strategies that are always shown for comparison: packs and sequences in the order of the epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanScore:
+    """How good a plan is; times count the cost model's FLOPs and nothing else."""
+
+    strategy: str
+    balance: str
+    num_sequences: int
+    num_packs: int
+    """Slots that hold sequences, of sp_degree * capacity tokens."""
+    lower_bound_packs: int
+    """Fewest packs of that size that can hold the sequences: bound L2 of Martello and Toth."""
+    utilisation: float
+    """Tokens over the token room of the packs."""
+    cpu_seconds: float
+    """Of planning, compiled before."""
+    imbalance_mean: float
+    """Time of all steps over their time if all ranks shared the work of each evenly."""
+    imbalance_worst: float
+    """The same of the worst step."""
+    num_steps: int
+    dropped: int
+    """Sequences that no pack can hold: empty or longer than sp_degree * capacity."""
+    carried: int
+    """Times that `deal` moved an example to the next step."""
+    hours: float
+    """Of forward and backward at the assumed rate of a rank."""
+
+
+def describe_plan(arguments: argparse.Namespace) -> str:
+    """The text that the command prints."""
+    if arguments.lengths is not None:
+        if arguments.recipe is not None:
+            raise ConfigError(f"--lengths and the recipe {arguments.recipe} are both given: name one of them")
+        return _from_lengths(arguments)
+    if arguments.recipe is None:
+        raise ConfigError("neither a recipe nor --lengths is given: longalign plan RECIPE.yaml, or --lengths FILE.npy")
+    return _from_recipe(arguments)
+
+
+def _from_lengths(arguments: argparse.Namespace) -> str:
+    if arguments.capacity is None:
+        raise ConfigError("--lengths needs --capacity, the tokens that a rank holds in a micro-step")
+    lengths = _read_lengths(Path(arguments.lengths))
+    world_size = 8 if arguments.world_size is None else arguments.world_size
+    settings = _changed(
+        PlanSettings(
+            capacity=arguments.capacity,
+            packs_per_step=world_size,
+            world_size=world_size,
+            group_size=max(world_size // max(arguments.sp, 1), 1),
+        ),
+        arguments,
+    )
+    cost = _cost_of(arguments.model) or LLAMA_2_7B
+    warm_up(lengths, settings, cost)
+    writer = PlanWriter(Path(arguments.out)) if arguments.out else None
+    asked = score(plan_groups(lengths, settings, cost=cost), settings, arguments.tflops, writer)
+    sample = lengths if len(lengths) <= GROUP else lengths[seeded_rows(0, GROUP, len(lengths), settings.seed)]
+    beside = [
+        score(plan_groups(sample, other, cost=cost), other, arguments.tflops)
+        for other in (replace(settings, strategy=strategy, balance=balance) for strategy, balance, _ in BESIDE)
+    ]
+    if arguments.json:
+        return _json(asked, beside)
+    if asked.dropped:
+        logger.warning(
+            "%d of %d lengths are left out: below 1 or above %d tokens",
+            asked.dropped, len(lengths), settings.capacity * settings.sp_degree,
+        )  # fmt: skip
+    note = "" if sample is lengths else f"The last two rows: of {GROUP:,} sequences, drawn by seed."
+    return _table(asked, beside, settings, arguments.tflops, note)
+
+
+def _from_recipe(arguments: argparse.Namespace) -> str:
+    from longalign_ray import stages
+    from longalign_ray.data.pipeline import model_shape, plan_for, plan_settings
+    from longalign_ray.data.store import ExampleIndex
+    from longalign_ray.model_source import local_model_dir
+
+    config, run_dir = stages.open_run(arguments.recipe, arguments.overrides)
+    if not (run_dir.store / "index.parquet").exists():
+        raise LongAlignError(f"{run_dir.store} does not exist: run `longalign prepare` first, or give --lengths")
+    index = ExampleIndex.load(run_dir.store / "index.parquet")
+    model_dir = local_model_dir(config.model.path)
+    settings = _changed(plan_settings(config, world_size=config.train.num_workers), arguments)
+    model_shape(model_dir)  # raises where there is no cost to count by
+
+    def scored(settings: PlanSettings) -> tuple[PlanScore, StepPlan]:
+        plans: list[StepPlan] = []
+
+        def groups() -> Iterator[GroupPlan]:
+            plans.append(plan_for(config, index, model_dir, settings))
+            yield GroupPlan(plans[0], 0)
+
+        return score(groups(), settings, arguments.tflops), plans[0]
+
+    scored(settings)  # compiles
+    asked, plan = scored(settings)
+    if arguments.out:
+        plan.save(Path(arguments.out))
+    beside = [scored(replace(settings, strategy=s, balance=b))[0] for s, b, _ in BESIDE]
+    if arguments.json:
+        return _json(asked, beside)
+    sizes = sorted({settings.world_size, *(settings.sp_degree * 2**power for power in range(4))})
+    lines = [f"{'ranks':>6} {'steps':>6} {'micro-steps':>12} {'packs':>7} {'fill':>7} {'time / ideal':>13}"]
+    for world_size in sizes:
+        if world_size > max(settings.packs_per_step, settings.world_size):
+            continue
+        other = plan_for(config, index, model_dir, replace(settings, world_size=world_size))
+        mark = " <- recipe" if world_size == config.train.num_workers else ""
+        lines.append(
+            f"{world_size:>6} {other.num_steps:>6} {other.shape[1]:>12} {other.num_packs:>7} {other.fill():>7.1%} "
+            f"{other.imbalance():>13.3f}{mark}"
+        )
+    return _table(asked, beside, settings, arguments.tflops, "") + "\n\n" + "\n".join(lines)
+
+
+def _changed(settings: PlanSettings, arguments: argparse.Namespace) -> PlanSettings:
+    """The settings with what the command line says. Raises ConfigError with all that is wrong with them."""
+    named = {
+        "capacity": arguments.capacity,
+        "world_size": arguments.world_size,
+        "sp_degree": arguments.sp,
+        "seed": arguments.seed,
+        "strategy": arguments.strategy,
+        "balance": arguments.balance,
+        "fill": arguments.fill,
+    }
+    settings = replace(settings, **{name: value for name, value in named.items() if value is not None})
+    positive = {"--capacity": settings.capacity, "--world-size": settings.world_size, "--sp": settings.sp_degree}
+    positive |= {} if arguments.micro_steps is None else {"--micro-steps": arguments.micro_steps}
+    wrong = [f"{option} = {value}: give 1 or more" for option, value in positive.items() if value < 1]
+    if not 0 < settings.fill <= 1:
+        wrong.append(f"--fill = {settings.fill}: give a share above 0 and up to 1")
+    if settings.seed < 0:
+        wrong.append(f"--seed = {settings.seed}: give 0 or more")
+    if not wrong and settings.world_size % settings.sp_degree:
+        wrong.append(
+            f"--sp = {settings.sp_degree} does not divide --world-size = {settings.world_size}: give a divisor"
+        )
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    if arguments.micro_steps is not None:
+        settings = replace(settings, packs_per_step=arguments.micro_steps * settings.world_size)
+    return settings
+
+
+def _read_lengths(path: Path) -> np.ndarray:
+    """int[n], memory-mapped."""
+    try:
+        lengths = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"--lengths {path} is no NumPy array ({error}); write it with numpy.save") from error
+    if not isinstance(lengths, np.ndarray) or lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not len(lengths):
+        found = f"{lengths.dtype}{list(lengths.shape)}" if isinstance(lengths, np.ndarray) else "an archive"
+        raise ConfigError(f"--lengths {path} holds {found}: give a one-dimensional array of whole numbers, not empty")
+    return lengths
+
+
+def _cost_of(model: str | None) -> SequenceCost | None:
+    if model is None:
+        return None
+    path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
+    try:
+        return sequence_cost(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--model {path} does not describe a decoder ({error}); give its config.json") from error
+
+
+def warm_up(lengths: np.ndarray, settings: PlanSettings, cost: SequenceCost) -> None:
+    """Compiles what planning calls, so that the CPU seconds are those of planning."""
+    few = np.clip(np.asarray(lengths[:64]), 1, settings.capacity)
+    asked = CANDIDATES if settings.strategy == "auto" else (settings.strategy,)
+    for strategy, balance in (*((name, settings.balance) for name in asked), *((s, b) for s, b, _ in BESIDE)):
+        plan_lengths(few, replace(settings, strategy=strategy, balance=balance), cost=cost)
+    seeded_rows(0, 1, 2, 0)
+
+
+def score(
+    groups: Iterable[GroupPlan], settings: PlanSettings, tflops: float, writer: PlanWriter | None = None
+) -> PlanScore:
+    """The score of all groups together. Their plans are written as they come, then forgotten."""
+    room = settings.capacity * settings.sp_degree
+    counts = np.zeros(room + 1, np.int64)  # of the lengths
+    num_packs = num_steps = dropped = carried = 0
+    took = ideal = worst = cpu_seconds = 0.0
+    strategy = settings.strategy
+    started = time.process_time()
+    for group in groups:
+        cpu_seconds += time.process_time() - started
+        plan, costs = group.plan, group.plan.slot_costs()
+        imbalance = plan.step_imbalance()
+        ideal_times = costs.sum(axis=(1, 2)) / plan.shape[2]
+        counts += np.bincount(plan.lengths, minlength=room + 1)
+        num_packs, num_steps = num_packs + plan.num_packs, num_steps + plan.num_steps
+        dropped, carried = dropped + group.num_dropped, carried + plan.num_carried
+        took, ideal = took + float((imbalance * ideal_times).sum()), ideal + float(ideal_times.sum())
+        worst, strategy = max(worst, float(imbalance.max())), plan.strategy
+        if writer is not None:
+            writer.add(plan)
+        del plan, costs, group
+        started = time.process_time()
+    if num_packs == 0:
+        raise PlanMismatchError(f"no sequence can be planned: none has 1 to {room} tokens")
+    if writer is not None:
+        writer.close()
+    return PlanScore(
+        strategy=strategy,
+        balance=settings.balance,
+        num_sequences=int(counts.sum()) + dropped,
+        num_packs=num_packs,
+        lower_bound_packs=lower_bound_of_counts(counts),
+        utilisation=float(counts @ np.arange(room + 1)) / (num_packs * room),
+        cpu_seconds=cpu_seconds,
+        imbalance_mean=took / ideal,
+        imbalance_worst=worst,
+        num_steps=num_steps,
+        dropped=dropped,
+        carried=carried,
+        hours=took / settings.sp_degree / (tflops * 1e12) / 3_600,
+    )
+
+
+def _json(asked: PlanScore, beside: list[PlanScore]) -> str:
+    others: list[dict[str, Any]] = [dataclasses.asdict(other) for other in beside]
+    return json.dumps({**dataclasses.asdict(asked), "beside": others}, indent=2)
+
+
+def _table(asked: PlanScore, beside: list[PlanScore], settings: PlanSettings, tflops: float, note: str) -> str:
+    rows = [
+        (asked, asked.strategy, "<- asked"),
+        *((s, s.strategy, why) for s, (*_, why) in zip(beside, BESIDE, strict=True)),
+    ]
+    columns: list[tuple[str, Callable[[PlanScore], str]]] = [
+        ("balance", lambda s: s.balance),
+        ("steps", lambda s: f"{s.num_steps:,}"),
+        ("packs", lambda s: f"{s.num_packs:,}"),
+        ("at least", lambda s: f"{s.lower_bound_packs:,}"),
+        ("fill", lambda s: f"{s.utilisation:.2%}"),
+        ("time / ideal", lambda s: f"{s.imbalance_mean:.4f}"),
+        ("worst step", lambda s: f"{s.imbalance_worst:.3f}"),
+        ("time", lambda s: f"{s.imbalance_mean / asked.imbalance_mean:.2f}x"),
+        ("CPU s", lambda s: f"{s.cpu_seconds:.2f}"),
+    ]
+    cells = [
+        ["strategy", *(name for name, _ in columns)],
+        *([name, *(f(s) for _, f in columns)] for s, name, _ in rows),
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    notes = ["", *(why for *_, why in rows)]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + f"  {why}".rstrip()
+        for line, why in zip(cells, notes, strict=True)
+    ]
+    head = (
+        f"{asked.num_sequences:,} sequences, {settings.world_size} ranks in groups of {settings.sp_degree}, "
+        f"{settings.micro_steps} micro-steps, {settings.capacity:,} tokens a rank"
+    )
+    tail = f"{asked.hours:.2f} h of forward and backward at {tflops:g} TFLOP/s a rank (assumed). {note}".rstrip()
+    lost = f"\n{asked.carried:,} times an example waited for the next step." if asked.carried else ""
+    return f"{head}\n\n" + "\n".join(lines) + f"\n\n{tail}{lost}"

@@ -1,0 +1,141 @@
+"""`longalign plan --lengths`: its numbers are those that anyone gets from the plan file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longalign_ray.cli import main
+from tests.unit.data.mixes import long_context_mix
+
+LINEAR, QUADRATIC = 6 * 6.738e9, 6 * 32 * 4_096
+
+
+@pytest.fixture
+def lengths(tmp_path: Path) -> np.ndarray:
+    made = long_context_mix(3_000, seed=0)
+    np.save(tmp_path / "lengths.npy", made)
+    return made
+
+
+def plan(capsys: pytest.CaptureFixture[str], tmp_path: Path, *options: str) -> tuple[int, str, str]:
+    code = main(["plan", "--lengths", str(tmp_path / "lengths.npy"), "--capacity", "65536", *options])
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+def rescore(path: Path, lengths: np.ndarray, *, capacity: int, meets: str) -> dict[str, float]:
+    """From the three arrays of the file and the lengths alone, a slot at a time."""
+    with np.load(path) as file:
+        rows, offsets, shape, degree = (file[name] for name in ("example_rows", "offsets", "shape", "sp_degree"))
+    tokens, costs = [], []
+    for first, last in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        own = lengths[rows[first:last]].astype(float)
+        tokens.append(own.sum())
+        costs.append((LINEAR * own + QUADRATIC * own**2).sum())
+    assert max(tokens) <= capacity * degree
+    assert sorted(rows.tolist()) == list(range(len(lengths)))
+    per_step = np.array(costs).reshape(shape)
+    took = per_step.max(axis=2).sum(axis=1) if meets == "micro-step" else per_step.sum(axis=1).max(axis=1)
+    ideal = per_step.sum(axis=(1, 2)) / shape[2]
+    return {
+        "num_packs": np.count_nonzero(tokens),
+        "num_steps": int(shape[0]),
+        "utilisation": sum(tokens) / (np.count_nonzero(tokens) * capacity * degree),
+        "imbalance_mean": took.sum() / ideal.sum(),
+        "imbalance_worst": (took / ideal).max(),
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--world-size 8 --sp 2",
+        "--world-size 4 --micro-steps 4 --strategy best_fit",
+        "--world-size 8 --micro-steps 4 --strategy best_fit --balance sums --seed 3",
+        "--world-size 4 --sp 4 --micro-steps 2 --strategy streaming --balance none",
+        "--world-size 2 --micro-steps 8 --strategy sorted",
+        "--world-size 4 --strategy auto",
+    ],
+)
+def test_the_file_rescored(
+    lengths: np.ndarray, options: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.npz"
+    code, told, _ = plan(capsys, tmp_path, *options.split(), "--json", "--out", str(out))
+    assert code == 0
+    score = json.loads(told)
+    again = rescore(out, lengths, capacity=65_536, meets="step" if "sums" in options else "micro-step")
+    assert {name: score[name] for name in again} == pytest.approx(again, rel=1e-9)
+    assert (score["num_sequences"], score["dropped"]) == (3_000, 0)
+    assert score["lower_bound_packs"] <= score["num_packs"]
+    assert score["cpu_seconds"] >= 0
+    assert [other["strategy"] for other in score["beside"]] == ["next_fit", "naive"]
+    hours = score["imbalance_mean"] * (LINEAR * lengths + QUADRATIC * lengths**2.0).sum() / 2e14 / 3_600
+    ranks = int(options.split("--world-size ")[1].split()[0])
+    assert score["hours"] == pytest.approx(hours / ranks)
+
+
+def test_table(lengths: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, told, _ = plan(capsys, tmp_path, "--world-size", "8", "--sp", "2", "--tflops", "400")
+    assert code == 0
+    assert "3,000 sequences, 8 ranks in groups of 2, 1 micro-steps, 65,536 tokens a rank" in told
+    assert [line.split()[0] for line in told.splitlines()[2:6]] == ["strategy", "deal", "next_fit", "naive"]
+    assert "at 400 TFLOP/s a rank (assumed)" in told
+
+
+def test_what_no_pack_holds_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "lengths.npy", np.array([5, 0, 65_536, 65_537, 1, -3]))
+    code, told, _ = plan(capsys, tmp_path, "--world-size", "1", "--json")
+    assert code == 0
+    assert json.loads(told)["dropped"] == 3
+    assert json.loads(told)["num_sequences"] == 6
+    code, told, err = plan(capsys, tmp_path, "--world-size", "2", "--sp", "2")
+    assert code == 0
+    assert "2 of 6 lengths are left out: below 1 or above 131072 tokens" in err
+
+
+def test_another_model(lengths: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    code, small, _ = plan(capsys, tmp_path, "--json", "--model", str(tmp_path))
+    assert code == 0
+    assert json.loads(small)["hours"] < 1e-3
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    code, _, err = plan(capsys, tmp_path, "--model", str(tmp_path / "config.json"))
+    assert code == 2
+    assert "does not describe a decoder" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--world-size 6 --sp 4", "--sp = 4 does not divide --world-size = 6"),
+        ("--world-size 0 --micro-steps -1", "--world-size = 0: give 1 or more\n--micro-steps = -1: give 1 or more"),
+        ("--fill 1.5", "--fill = 1.5"),
+        ("recipe.yaml", "both given"),
+    ],
+)
+def test_wrong_options(
+    lengths: np.ndarray, options: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = plan(capsys, tmp_path, *options.split())
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.parametrize("made", [np.zeros((2, 2), int), np.zeros(3), np.zeros(0, int), None])
+def test_wrong_files(made: np.ndarray | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if made is not None:
+        np.save(tmp_path / "lengths.npy", made)
+    code, _, err = plan(capsys, tmp_path)
+    assert code == 2
+    assert "lengths.npy" in err
+
+
+def test_neither_recipe_nor_lengths(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan"]) == 2
+    assert "longalign plan RECIPE.yaml, or --lengths FILE.npy" in capsys.readouterr().err
