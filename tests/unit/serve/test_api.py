@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -347,8 +348,15 @@ def test_failure_in_mid_stream_is_an_error_event(model):
     assert last["error"]["type"] == "server_error"
 
 
-def test_disconnect_in_mid_stream_cancels_the_request(model, engine):
+def test_disconnect_in_mid_stream_cancels_the_request(model, engine, monkeypatch):
     """The ASGI application driven by hand: after the first chunk the client is gone."""
+    advance = engine._advance
+
+    def slow_advance(job: Any) -> None:  # or the tiny model might be done before the client is seen to be gone
+        time.sleep(0.02)
+        advance(job)
+
+    monkeypatch.setattr(engine, "_advance", slow_advance)
 
     async def scenario() -> None:
         before = (await engine.stats()).cancelled
