@@ -68,9 +68,9 @@ class SourceConfig(Section):
     """Files or patterns, as in `corpus.paths`."""
     style: Style | None = None
     """How its records are written; none: as `corpus.style` says."""
-    weight: Annotated[float, Field(ge=0.0)] | None = None
+    weight: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
     """Its share of an epoch relative to the other sources', by `mixture.by`; every source has a weight or none has."""
-    repeat: PositiveFloat = 1.0
+    repeat: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
     """Passes over it in an epoch; with weights, the most passes. 1.5: every example once, half of them twice."""
     max_examples: PositiveInt | None = None
     """At most this many different examples of it are used, chosen by seed, the same ones in every epoch."""
