@@ -20,6 +20,7 @@ HELP = {
     "construct": "make long instruction data from documents",
     "prepare": "tokenise the corpus, plan packs, write packed blocks",
     "plan": "steps, fill and balance of a plan, beside the paper's and the naive one; from a recipe or from lengths",
+    "inspect": "show a prepared example with its targets coloured, or a pack with its boundaries",
     "train": "train; an interrupted run continues where it stopped",
     "export": "write the newest checkpoint as a Hugging Face directory",
     "serve": "serve the base and the aligned model behind an OpenAI-compatible endpoint",
@@ -65,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--dry-run", action="store_true", help="check the recipe and say what would be done")
         if name == "plan":
             _plan_arguments(command)
+        elif name == "inspect":
+            _inspect_arguments(command)
     return parser
 
 
@@ -85,6 +88,14 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="plan.npz", help="write the plan")
 
 
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--example", type=int, default=0, metavar="N", help="row of the store's index, from 0 (0)")
+    what.add_argument("--id", metavar="ID", help="id of the example")
+    what.add_argument("--pack", metavar="STEP,MICRO,GROUP", help="what a group computes in a micro-step of a step")
+    parser.add_argument("--full", action="store_true", help="do not shorten long texts")
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from longalign_ray import stages
 
@@ -96,6 +107,14 @@ def _run(arguments: argparse.Namespace) -> int:
         from longalign_ray.plan_command import describe_plan
 
         print(describe_plan(arguments))
+        return 0
+    if arguments.command == "inspect":
+        from rich.console import Console
+
+        from longalign_ray.inspect_command import inspect
+
+        console = Console()
+        console.print(inspect(arguments, colour=console.is_terminal), soft_wrap=True)
         return 0
     config, run_dir = stages.open_run(arguments.recipe, arguments.overrides)
     result = getattr(stages, arguments.command)(config, run_dir)

@@ -66,9 +66,11 @@ class SourceConfig(Section):
 
     paths: Annotated[tuple[str, ...], Field(min_length=1)]
     """Files or patterns, as in `corpus.paths`."""
-    weight: Annotated[float, Field(ge=0.0)] | None = None
+    style: Style | None = None
+    """How its records are written; none: as `corpus.style` says."""
+    weight: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
     """Its share of an epoch relative to the other sources', by `mixture.by`; every source has a weight or none has."""
-    repeat: PositiveFloat = 1.0
+    repeat: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
     """Passes over it in an epoch; with weights, the most passes. 1.5: every example once, half of them twice."""
     max_examples: PositiveInt | None = None
     """At most this many different examples of it are used, chosen by seed, the same ones in every epoch."""
@@ -108,7 +110,10 @@ class CorpusConfig(Section):
     @property
     def named(self) -> dict[str, SourceConfig]:
         """All sources by name; `paths` are one that is called `corpus`. Empty where neither is given."""
-        return {DEFAULT_SOURCE: SourceConfig(paths=self.paths)} if self.paths else self.sources
+        sources = {DEFAULT_SOURCE: SourceConfig(paths=self.paths)} if self.paths else self.sources
+        return {
+            name: source.model_copy(update={"style": source.style or self.style}) for name, source in sources.items()
+        }
 
 
 class MixtureConfig(Section):

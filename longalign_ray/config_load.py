@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -161,13 +161,18 @@ def _describe(detail: Any, places: dict[KeyPath, str]) -> str:
 def _fields_at(keys: KeyPath) -> list[str]:
     """Names of the settings of a section; none where `keys` does not lead to one."""
     section: type[BaseModel] | None = RunConfig
-    for key in keys:
-        field = section.model_fields.get(key) if section else None
+    path = list(keys)
+    while path:
+        field = section.model_fields.get(path.pop(0)) if section else None
         section = _section_type(field.annotation) if field else None
+        if field and get_origin(field.annotation) is dict:
+            if not path:
+                return []
+            path.pop(0)  # the name of an entry
     return list(section.model_fields) if section else []
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:
-    """The section class of `Section` or `Section | None`."""
+    """The section class of `Section`, `Section | None` or `dict[str, Section]`."""
     candidates = get_args(annotation) or (annotation,)
     return next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from longalign_ray.config import RunConfig
+from longalign_ray.config import DEFAULT_SOURCE, RunConfig, SourceConfig
 from longalign_ray.config_load import dump_config, load_config
 from longalign_ray.errors import ConfigError, LongAlignError
 from longalign_ray.model_source import local_model_dir
@@ -100,13 +100,14 @@ def prepare(config: RunConfig, run_dir: RunDir) -> Manifest:
     """Tokenises the corpus into the store, plans packs, and sorts the store into packed blocks."""
     from longalign_ray.data.pipeline import prepare as build
 
-    corpus = corpus_paths(config, run_dir)
+    corpus = corpus_sources(config, run_dir)
 
     def work() -> Manifest:
         connect_ray(config)
         made = build(config, run_dir, model_dir=local_model_dir(config.model.path), corpus=corpus)
         outputs = [run_dir.store, run_dir.plan, run_dir.packed]
-        return _manifest(config, run_dir, "prepare", corpus, outputs, made.counts, made.dropped_by_reason)
+        inputs = [path for source in corpus.values() for path in source.paths]
+        return _manifest(config, run_dir, "prepare", inputs, outputs, made.counts, made.dropped_by_reason)
 
     return _stage(config, run_dir, "prepare", work)
 
@@ -232,19 +233,19 @@ def report(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
 
 def run(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
     """Every stage in order; returns the summary of the report."""
-    if not config.corpus.paths:
+    if not config.corpus.named:
         construct(config, run_dir)
     for stage in (prepare, train, export, evaluate):
         stage(config, run_dir)
     return report(config, run_dir)
 
 
-def corpus_paths(config: RunConfig, run_dir: RunDir) -> list[str]:
-    """The recipe's corpus, or the output of `construct`."""
-    if config.corpus.paths:
-        return list(config.corpus.paths)
+def corpus_sources(config: RunConfig, run_dir: RunDir) -> dict[str, SourceConfig]:
+    """The recipe's corpus by the names of its sources, or the output of `construct`."""
+    if config.corpus.named:
+        return config.corpus.named
     _need(run_dir.conversations, "construct")
-    return [str(run_dir.conversations)]
+    return {DEFAULT_SOURCE: SourceConfig(paths=(str(run_dir.conversations),), style=config.corpus.style)}
 
 
 def stage_digest(config: RunConfig, run_dir: RunDir, stage: str) -> str:
@@ -254,6 +255,7 @@ def stage_digest(config: RunConfig, run_dir: RunDir, stage: str) -> str:
         "construct": [dump["construct"]],
         "prepare": [
             dump["corpus"],
+            dump["mixture"],
             dump["data"],
             dump["packing"],
             dump["model"],
@@ -266,7 +268,7 @@ def stage_digest(config: RunConfig, run_dir: RunDir, stage: str) -> str:
         "evaluate": [dump["evaluate"]],
     }
     upstream = {"prepare": "construct", "train": "prepare", "export": "train", "evaluate": "export"}.get(stage)
-    if stage == "prepare" and config.corpus.paths:
+    if stage == "prepare" and config.corpus.named:
         upstream = None
     manifest = Manifest.load(run_dir.manifest(upstream)) if upstream else None
     return digest(stage, config.seed, sections[stage], manifest.config_digest if manifest else None)
@@ -285,8 +287,8 @@ def stage_states(config: RunConfig, run_dir: RunDir) -> list[tuple[str, str]]:
     states = []
     stale = False
     for stage in STAGES[:-1]:
-        if stage == "construct" and config.corpus.paths:
-            states.append((stage, "not needed: corpus.paths is given"))
+        if stage == "construct" and config.corpus.named:
+            states.append((stage, f"not needed: corpus.{'paths' if config.corpus.paths else 'sources'} is given"))
             continue
         stale = stale or is_done(config, run_dir, stage) is None
         states.append((stage, "to do" if stale else "done"))
@@ -351,11 +353,15 @@ def _need(path: Path, stage: str) -> None:
 
 
 def _corpus_state(config: RunConfig) -> list[Any]:
-    """Name, size and version of each corpus file, so that a changed corpus is prepared anew."""
+    """Name, size and version of each file of the corpus and of the evaluation sets that it must not hold, so that a
+    changed corpus is prepared anew."""
     from longalign_ray.data.corpus_files import corpus_files
+    from longalign_ray.data.decontaminate import evaluation_state
 
+    endpoint = config.corpus.storage_endpoint
     patterns = [path for source in config.corpus.named.values() for path in source.paths]
-    return [file.state for file in corpus_files(patterns, endpoint=config.corpus.storage_endpoint)]
+    states = [file.state for file in corpus_files(patterns, endpoint=endpoint)]
+    return [*states, *evaluation_state(config.data.decontaminate.paths, endpoint=endpoint)]
 
 
 def _check_disk(config: RunConfig, run_dir: RunDir, model_dir: Path) -> None:

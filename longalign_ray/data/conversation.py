@@ -215,6 +215,8 @@ def _tool_call(call: Any, place: str) -> dict[str, Any]:
 
 def _tools(value: Any) -> tuple[dict[str, Any], ...]:
     """OpenAI's form of the tools: a list, or its JSON text, of functions, bare or as {"type", "function"}."""
+    if value is None:
+        return ()
     tools = _decoded(value, "bad_tools", "'tools'") or []
     if not isinstance(tools, list):
         tools = [tools]
@@ -240,6 +242,8 @@ def _decoded(value: Any, reason: str, place: str) -> Any:
 def _is_deeper(value: Any, levels: int) -> bool:
     present = [value]
     for _ in range(levels):
+        if not present:
+            return False
         present = [
             inner
             for item in present

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,28 +75,56 @@ def evaluation_texts(patterns: Sequence[str], *, endpoint: str | None = None) ->
     """
     for pattern in patterns:
         if pattern.endswith(TEXT_ENDINGS):
-            yield from _text_files(pattern)
+            for path in _text_paths(pattern):
+                with _naming(path):
+                    yield Path(path).read_text(encoding="utf-8")
             continue
-        try:
+        with _renaming():
             for file in corpus_files([pattern], endpoint=endpoint):
                 for part in cut_into_slices(file):
                     for number, record in read_records(part):
                         if isinstance(record, RecordError):
-                            raise CorpusError(f"data.decontaminate.paths: {file.path}, record {number}: {record}")
+                            raise CorpusError(f"corpus.paths: {file.path}, record {number}: {record}")
                         yield from _strings(record)
-        except CorpusError as error:
-            raise CorpusError(str(error).replace("corpus.paths", "data.decontaminate.paths", 1)) from error
 
 
-def _text_files(pattern: str) -> Iterator[str]:
+def evaluation_state(patterns: Sequence[str], *, endpoint: str | None = None) -> list[tuple[str, int, str]]:
+    """Name, size and version of each file. Raises CorpusError as `evaluation_texts` does."""
+    states: list[tuple[str, int, str]] = []
+    for pattern in patterns:
+        if pattern.endswith(TEXT_ENDINGS):
+            for path in _text_paths(pattern):
+                with _naming(path):
+                    status = Path(path).stat()
+                states.append((path, status.st_size, str(status.st_mtime_ns)))
+        else:
+            with _renaming():
+                states += [file.state for file in corpus_files([pattern], endpoint=endpoint)]
+    return states
+
+
+def _text_paths(pattern: str) -> list[str]:
     paths = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
     if not paths:
         raise CorpusError(f"data.decontaminate.paths: {pattern} matches no file; check the pattern")
-    for path in paths:
-        try:
-            yield Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CorpusError(f"data.decontaminate.paths: {path} cannot be read ({error}); check it") from error
+    return paths
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"data.decontaminate.paths: {path} cannot be read ({error}); check it") from error
+
+
+@contextmanager
+def _renaming() -> Iterator[None]:
+    """Errors of the corpus name the setting that the files come from."""
+    try:
+        yield
+    except CorpusError as error:
+        raise CorpusError(str(error).replace("corpus.paths", "data.decontaminate.paths", 1)) from error
 
 
 def _strings(value: Any) -> Iterator[str]:

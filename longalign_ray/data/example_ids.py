@@ -27,7 +27,6 @@ def unique_ids(names: pa.ChunkedArray) -> tuple[np.ndarray, int]:
             while (candidate := f"{name}#{number[name] + 1}") in taken:
                 number[name] += 1
             made[row] = candidate
-            taken.add(candidate)
             num_renamed += 1
         number[name] = number.get(name, 0) + 1
     return made, num_renamed

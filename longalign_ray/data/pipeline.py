@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,12 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from longalign_ray.config import DataConfig, RunConfig
+from longalign_ray.config import DataConfig, RunConfig, SourceConfig
 from longalign_ray.data.conversation import Conversation, RecordError, parse_record
 from longalign_ray.data.corpus import CorpusSlice, corpus_files, cut_into_slices, read_records
 from longalign_ray.data.cost import sequence_cost
+from longalign_ray.data.decontaminate import EvaluationRuns, contamination, evaluation_texts
+from longalign_ray.data.dedup import check_dedup, fingerprint, fingerprint_bytes, without_duplicates
 from longalign_ray.data.example_ids import unique_ids
 from longalign_ray.data.make_plan import PlanSettings, make_plan
+from longalign_ray.data.mixture import training_rows, use_of_sources
 from longalign_ray.data.packed import num_packed_files, write_layout, write_packed_file
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.record_styles import printable
@@ -33,7 +36,10 @@ from longalign_ray.errors import CorpusError, ModelError
 from longalign_ray.logs import progress
 from longalign_ray.run_dir import RunDir, digest, write_json
 
-NOT_BROKEN = ("too_long", "no_target_left", "no_target")  # a record that is well formed, but not of use here
+INDEX_COLUMNS = ["example_id", "length", "num_targets", "sum_weights", "file", "row"]
+EVALUATION_FILE = "evaluation_runs.npy"
+# Reasons of records that are well formed, but not of use here.
+NOT_BROKEN = ("too_long", "no_target_left", "no_target", "duplicate", "near_duplicate", "contaminated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +50,14 @@ class Prepared:
     dropped_by_reason: dict[str, int]
 
 
-def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Sequence[str]) -> Prepared:
+def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Mapping[str, SourceConfig]) -> Prepared:
     """Writes store, index, rejects, plan and packed blocks of a run. Ray must be initialised.
 
     Raises CorpusError where a file is missing, nothing usable is in the corpus, or more than corpus.max_bad_fraction of
     it is broken; ModelError where the model has no tokenizer or chat template.
     """
     load_tokenizer(model_dir, chat_template=config.model.chat_template)  # fails here rather than in every task
+    check_dedup(config.data.dedup)
     table, counts, dropped = _write_store(config, run_dir, model_dir, corpus)
     index, counts["duplicate_ids"] = _index(table, config.data, config.seed)
     index.save(run_dir.store / "index.parquet")
@@ -58,6 +65,7 @@ def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Sequ
     plan.save(run_dir.plan)
     num_packs = _write_packed(run_dir, plan, steps_per_file=config.packing.steps_per_file)
     planned = set(plan.example_rows.tolist())
+    uses = use_of_sources(index, config.mixture, config.corpus.named, seed=config.seed, epochs=config.train.epochs)
     counts |= {
         "heldout": int(index.heldout.sum()),
         "planned": len(planned),
@@ -68,14 +76,22 @@ def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Sequ
         "fill": plan.fill(),
         "imbalance": plan.imbalance(),
     }
-    if left := len(index) - int(index.heldout.sum()) - len(planned):
+    for name, use in uses.items():
+        if len(uses) > 1:
+            counts |= {f"examples.{name}": use.examples, f"tokens.{name}": use.tokens}
+        dropped |= {f"{reason}.{name}": number for reason, number in use.left_out.items()}
+    if left := sum(use.available - sum(use.left_out.values()) for use in uses.values()) - len(planned):
         dropped["beyond_max_steps"] = left
     return Prepared(counts, dropped)
 
 
 def plan_for(config: RunConfig, index: ExampleIndex, model_dir: Path, settings: PlanSettings) -> StepPlan:
     """The plan of the recipe's examples under `settings`."""
-    return make_plan(index, settings, cost=sequence_cost(model_shape(model_dir)))
+
+    def rows(epoch: int) -> np.ndarray:
+        return training_rows(index, config.mixture, config.corpus.named, seed=config.seed, epoch=epoch)[0]
+
+    return make_plan(index, settings, cost=sequence_cost(model_shape(model_dir)), rows=rows)
 
 
 def plan_settings(config: RunConfig, *, world_size: int, strategy: str | None = None) -> PlanSettings:
@@ -105,27 +121,37 @@ def model_shape(model_dir: Path) -> dict[str, Any]:
 
 
 def _write_store(
-    config: RunConfig, run_dir: RunDir, model_dir: Path, corpus: Sequence[str]
+    config: RunConfig, run_dir: RunDir, model_dir: Path, corpus: Mapping[str, SourceConfig]
 ) -> tuple[pa.Table, dict[str, int | float], dict[str, int]]:
     """Tokenises the corpus, a task a slice; returns the index rows in store order, counts, and what was dropped.
 
     A slice whose files are all there is not read again: a killed `prepare` continues, and one with other packing
     settings starts from the tokens.
     """
-    files = corpus_files(corpus, endpoint=config.corpus.storage_endpoint)
-    slices = [part for file in files for part in cut_into_slices(file)]
+    endpoint = config.corpus.storage_endpoint
+    files = {name: corpus_files(source.paths, endpoint=endpoint) for name, source in corpus.items()}
+    slices = [(name, part) for name, found in files.items() for file in found for part in cut_into_slices(file)]
     if not slices:
-        raise CorpusError(f"the corpus is empty: {', '.join(corpus)}; give files with one conversation a line")
+        paths = ", ".join(path for source in corpus.values() for path in source.paths)
+        raise CorpusError(f"the corpus is empty: {paths}; give files with one conversation a line")
+    evaluation = EvaluationRuns.of(
+        evaluation_texts(config.data.decontaminate.paths, endpoint=endpoint), config.data.decontaminate.ngram
+    )
     settings = {
         "data": config.data.model_dump(),
-        "style": config.corpus.style,
         "role_order": config.corpus.role_order,
         "model_dir": str(model_dir.resolve()),
         "chat_template": config.model.chat_template,
         "store": str(run_dir.store.resolve()),
+        "evaluation": hashlib.sha256(evaluation.hashes.tobytes()).hexdigest(),
     }
-    items = [{"number": number, **dataclasses.asdict(part)} for number, part in enumerate(slices)]
-    _keep_if_same(run_dir.store, digest(items, settings, [file.state for file in files], _tokenizer_state(model_dir)))
+    items = [
+        {"number": number, "style": corpus[name].style or "auto", **dataclasses.asdict(part)}
+        for number, (name, part) in enumerate(slices)
+    ]
+    states = [file.state for found in files.values() for file in found]
+    _keep_if_same(run_dir.store, digest(items, settings, states, _tokenizer_state(model_dir)))
+    np.save(run_dir.store / EVALUATION_FILE, evaluation.hashes)
     with progress("prepare: slices tokenised", len(slices)) as bar:
         problems = []
         for done, row in enumerate(_each(items, _tokenise_slice, settings), 1):
@@ -133,6 +159,9 @@ def _write_store(
             bar.advance(done)
     if problems:  # the slices that went well are kept
         raise CorpusError("\n  ".join(sorted(problems)[:10]))
+    parts = [pq.read_table(run_dir.store / f"part-{number:05d}.parquet") for number in range(len(slices))]
+    found = pa.concat_tables(parts)
+    table, duplicates = without_duplicates(found, [printable(part.path) for _, part in slices], config.data.dedup)
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     num_bad, first_rejects = 0, []
@@ -140,14 +169,18 @@ def _write_store(
         for number in range(len(slices)):
             summary = json.loads((run_dir.store / f"part-{number:05d}.json").read_text(encoding="utf-8"))
             counts.update(summary["counts"])
-            for reject in summary["rejects"]:
+            for reject in sorted(summary["rejects"] + duplicates.get(number, []), key=lambda reject: reject["line"]):
                 file.write(json.dumps(reject, ensure_ascii=False) + "\n")
                 dropped[reject["reason"]] += 1
                 num_bad += reject["reason"] not in NOT_BROKEN
                 first_rejects += [reject] if len(first_rejects) < 3 else []
     _check_rejects(config, run_dir, first_rejects, num_bad, counts)
-    parts = [pq.read_table(run_dir.store / f"part-{number:05d}.parquet") for number in range(len(slices))]
-    return pa.concat_tables(parts), dict(counts), dict(sorted(dropped.items()))
+    counts["examples"] -= len(found) - len(table)
+    if evaluation.num_texts:
+        counts |= {"evaluation_texts": evaluation.num_texts, "evaluation_texts_too_short": evaluation.num_short_texts}
+    names = pa.array([name for name, _ in slices], pa.string())
+    table = table.select(INDEX_COLUMNS).append_column("source", names.take(table["file"].combine_chunks()))
+    return table, dict(counts), dict(sorted(dropped.items()))
 
 
 def _keep_if_same(directory: Path, fingerprint: str) -> None:
@@ -182,18 +215,18 @@ def _tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str,
 
     What stops it is in the result as `problem`, so that the other slices go on.
     """
-    number = item.pop("number")
+    number, settings = item.pop("number"), settings | {"style": item.pop("style")}
     store, part = Path(settings["store"]), CorpusSlice(**item)
     summary_file = store / f"part-{number:05d}.json"
     if summary_file.exists():
         return {"number": number, "problem": ""}
     rejects: list[dict[str, Any]] = []
     counts = Counter(records=0, examples=0, cut_examples=0, cut_tokens=0, text_pieces=0)
-    rows: list[tuple[str, int, int, float]] = []
+    rows: list[tuple[str, int, int, float, int, bytes]] = []
 
     def noted() -> Iterator[Example]:
-        for example in _examples(part, settings, rejects, counts):
-            rows.append((example.example_id, example.length, example.num_targets, example.sum_weights))
+        for line, mark, example in _examples(part, settings, rejects, counts):
+            rows.append((example.example_id, example.length, example.num_targets, example.sum_weights, line, mark))
             yield example
 
     try:
@@ -209,7 +242,10 @@ def _tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str,
         "sum_weights": pa.array([row[3] for row in rows], pa.float64()),
         "file": pa.array([number] * len(rows), pa.int32()),
         "row": pa.array(range(len(rows)), pa.int32()),
+        "line": pa.array([row[4] for row in rows], pa.int64()),
     }
+    if width := fingerprint_bytes(DataConfig(**settings["data"]).dedup):
+        index["fingerprint"] = pa.array([row[5] for row in rows], pa.binary(width))
     pq.write_table(pa.table(index), store / f"part-{number:05d}.parquet")
     write_json(summary_file, {"rejects": rejects, "counts": counts})
     return {"number": number, "problem": ""}
@@ -217,8 +253,11 @@ def _tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str,
 
 def _examples(
     part: CorpusSlice, settings: dict[str, Any], rejects: list[dict[str, Any]], counts: Counter[str]
-) -> Iterator[Example]:
-    """The examples of a slice one by one; what is no example goes to rejects, and everything is counted."""
+) -> Iterator[tuple[int, bytes, Example]]:
+    """Line, fingerprint and example, one by one; what is no example goes to rejects, and everything is counted."""
+    data = DataConfig(**settings["data"])
+    evaluation = np.load(Path(settings["store"]) / EVALUATION_FILE, mmap_mode="r")
+    fingerprints: dict[int, bytes] = {}
     maker = _cached_maker(settings["model_dir"], settings["chat_template"], json.dumps(settings["data"]))
     source = printable(part.path)
 
@@ -226,20 +265,22 @@ def _examples(
         for line_number, record in read_records(part):
             counts["records"] += 1
             try:
-                yield (
-                    line_number,
-                    parse_record(
-                        record,
-                        source=source,
-                        line_number=line_number,
-                        style=settings["style"],
-                        role_order=settings["role_order"],
-                    ),
+                conversation = parse_record(
+                    record,
+                    source=source,
+                    line_number=line_number,
+                    style=settings["style"],
+                    role_order=settings["role_order"],
                 )
+                if (shared := contamination(conversation, evaluation, data.decontaminate.ngram)) is not None:
+                    raise RecordError("contaminated", f"has these words of an evaluation text: {shared}")
+                fingerprints[line_number] = fingerprint(conversation, data.dedup)
+                yield line_number, conversation
             except RecordError as error:
                 yield line_number, error
 
     for line_number, made in maker.many(parsed()):
+        mark = fingerprints.pop(line_number, b"")
         if isinstance(made, RecordError):
             if made.reason == "too_long" and settings["data"]["too_long"] == "error":
                 raise CorpusError(f"{source}, line {line_number}: {made}; raise it, or let data.too_long skip or cut")
@@ -251,7 +292,7 @@ def _examples(
             cut_tokens=made.num_cut,
             text_pieces=len(made.examples) if len(made.examples) > 1 else 0,
         )
-        yield from made.examples
+        yield from ((line_number, mark, example) for example in made.examples)
 
 
 @lru_cache(maxsize=1)
@@ -284,7 +325,7 @@ def _index(table: pa.Table, data: DataConfig, seed: int) -> tuple[ExampleIndex, 
         sum_weights=table["sum_weights"].to_numpy().astype(np.float64),
         file=table["file"].to_numpy().astype(np.int32),
         row=table["row"].to_numpy().astype(np.int32),
-        source=np.full(len(table), "corpus", dtype=object),
+        source=table["source"].to_numpy(zero_copy_only=False),
         heldout=choose_heldout(example_id, fraction=data.heldout_fraction, at_most=data.max_heldout, seed=seed),
     )
     return index, num_renamed

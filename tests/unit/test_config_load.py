@@ -162,3 +162,46 @@ def test_every_setting_has_help() -> None:
         return names
 
     assert bare(RunConfig) == []
+
+
+def test_sources_of_the_corpus(tmp_path: Path) -> None:
+    text = """\
+run_dir: runs/a
+corpus:
+  style: sharegpt
+  sources:
+    chat: {paths: [a.jsonl], weight: 0.75}
+    long: {paths: [b.jsonl], weight: 0.25, style: text}
+"""
+    config = load_config(write(tmp_path, text), ["corpus.sources.chat.repeat=2", "data.dedup=near"])
+    assert {name: (source.style, source.repeat) for name, source in config.corpus.named.items()} == {
+        "chat": ("sharegpt", 2.0),
+        "long": ("text", 1.0),
+    }
+    assert (config.data.dedup.method, config.data.dedup.threshold) == ("near", 0.8)
+    assert load_config(write(tmp_path, dump_config(config))) == config
+    alone = load_config(write(tmp_path, "run_dir: a\ncorpus: {paths: [x]}"))
+    assert {name: source.paths for name, source in alone.corpus.named.items()} == {"corpus": ("x",)}
+    assert load_config(write(tmp_path, "run_dir: a")).corpus.named == {}
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ("{a: {paths: [x], weight: 1}, b: {paths: [y]}}", "corpus.sources has weights, but not for b: give each"),
+        ("{a: {paths: [x], weight: 0}}", "corpus.sources has the weight 0 everywhere: give at least one"),
+        ("{a: {paths: [x], wieght: 1}}", "corpus.sources.a.wieght is not a known key: did you mean 'weight'?"),
+        ("{a: {paths: [x], repeat: 0}}", "corpus.sources.a.repeat = 0: input should be greater than 0"),
+        ("{a: {paths: [x], weight: .inf}}", "corpus.sources.a.weight = inf: input should be a finite number"),
+        ("{a: {weight: 1}}", "corpus.sources.a.paths is missing: add it to the recipe"),
+    ],
+)
+def test_sources_that_cannot_be(tmp_path: Path, sources: str, message: str) -> None:
+    found = problems(write(tmp_path, f"run_dir: a\ncorpus:\n  sources: {sources}\n"))
+    assert any(problem.startswith(message) for problem in found), found
+
+
+def test_paths_and_sources_exclude_each_other(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "run_dir: a\ncorpus: {paths: [x], sources: {a: {paths: [y]}}}")
+    (problem,) = problems(recipe)
+    assert problem.startswith("corpus.sources and corpus.paths are both given: name the paths as one more source")

@@ -42,6 +42,7 @@ LAYERS = {
     "config_load": 7,
     "stages": 7,
     "plan_command": 7,
+    "inspect_command": 7,
     "cli": 7,
     "doctor": 7,
 }

@@ -67,7 +67,7 @@ def test_a_record_is_named_by_its_id_where_that_is_a_short_text_or_number(given:
         (chat(USER, {**ASSISTANT, "loss_weight": -0.1}), "bad_loss_weight", r"\[0, 1\]"),
         (chat(USER, {**ASSISTANT, "loss_weight": "1"}), "bad_loss_weight", "'1'"),
         (chat(USER, {**ASSISTANT, "weight": True}), "bad_loss_weight", "True"),
-        (chat(USER, {**ASSISTANT, "weight": 0.125}), "bad_loss_weight", r"0\.01"),
+        (chat(USER, {**ASSISTANT, "weight": 0.0705}), "bad_loss_weight", r"0\.01"),
         (chat(USER, {**ASSISTANT, "weight": 10**400}), "bad_loss_weight", "1000"),
         (chat(USER, {**ASSISTANT, "tool_calls": [{"name": "f", "arguments": "{"}]}), "bad_tool_call", "message 1"),
         (chat(USER, {**ASSISTANT, "tool_calls": [{"name": "f", "arguments": [1]}]}), "bad_tool_call", "a list"),
@@ -148,6 +148,17 @@ def test_tool_calls_of_every_style_become_one() -> None:
     talk = parse(chat(USER, old, {"role": "function", "name": "add", "content": "4"}, ASSISTANT))
     assert talk.messages[1].tool_calls[0]["function"] == {"name": "add", "arguments": {}}
     assert talk.messages[2].role == "tool"
+
+
+def nested(levels: int) -> object:
+    return [nested(levels - 1)] if levels else "x"
+
+
+def test_tools_are_nested_as_deeply_as_templates_can_follow() -> None:
+    assert parse(chat(USER, ASSISTANT, tools=[{"name": nested(40)}])).tools
+    assert refusal(chat(USER, ASSISTANT, tools=[{"name": nested(60)}])).reason == "too_deep"
+    call = {"name": "f", "arguments": {"a": nested(60)}}
+    assert refusal(chat(USER, {**ASSISTANT, "tool_calls": [call]})).reason == "too_deep"
 
 
 def test_deep_nesting_is_a_bad_record() -> None:
