@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from typing import cast
 
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+from starlette.types import Send
 
 from longalign_ray.errors import ServingError
 from longalign_ray.serve.answer import Piece
@@ -59,6 +61,14 @@ async def text_chunks(
                 yield chunk([], usage_info(num_prompt, piece))
 
 
+class ClosingResponse(StreamingResponse):
+    """Closes its chunks when the client has left; otherwise the garbage collector would, whenever it runs."""
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(cast(AsyncGenerator[str, None], self.body_iterator)):
+            await super().stream_response(send)
+
+
 async def event_stream(chunks: AsyncGenerator[BaseModel, None]) -> StreamingResponse:
     """Server-sent events. The first chunk is awaited here, so that a refusal still gets its own HTTP status."""
     first = await anext(chunks)
@@ -73,7 +83,7 @@ async def event_stream(chunks: AsyncGenerator[BaseModel, None]) -> StreamingResp
                 yield _event(json.dumps(ApiError(500, str(error)).body()))
         yield _event("[DONE]")
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return ClosingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
 def _event(data: str) -> str:
