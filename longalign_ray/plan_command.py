@@ -107,6 +107,8 @@ def _from_recipe(arguments: argparse.Namespace) -> str:
     from longalign_ray.data.store import ExampleIndex
     from longalign_ray.model_source import local_model_dir
 
+    if arguments.model is not None:
+        raise ConfigError("--model goes with --lengths; a recipe names its model: model.path=...")
     config, run_dir = stages.open_run(arguments.recipe, arguments.overrides)
     if not (run_dir.store / "index.parquet").exists():
         raise LongAlignError(f"{run_dir.store} does not exist: run `longalign prepare` first, or give --lengths")

@@ -113,7 +113,7 @@ def _step_sets(
         chosen, num_waiting = num_waiting, 0
         for i in range(chosen):
             item = keys[i] & ((1 << POSITION_BITS) - 1)
-            room = smallest_room(top, in_block, lengths[item])
+            room = smallest_room(top, in_block, int(lengths[item]))
             if room < 0:
                 waiting[num_waiting] = item
                 num_waiting += 1

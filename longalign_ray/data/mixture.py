@@ -88,8 +88,10 @@ def _use(
     chosen: list[np.ndarray] = []
     uses: dict[str, SourceUse] = {}
     for name, source in made.items():
-        rows = np.concatenate([_rows_of_epoch(source, parts[name], epoch) for epoch in epochs])
-        over_share = len(source.order) - len(np.unique(rows))
+        rows = _rows_of_epochs(source, parts[name], epochs)
+        over_share = len(source.order) - min(
+            len(rows), len(source.order)
+        )  # rows follow each other, so differ if they can
         uses[name] = SourceUse(
             available=source.available,
             examples=len(rows),
@@ -151,8 +153,8 @@ def _parts_by_weight(made: Mapping[str, _Source], settings: Mapping[str, SourceC
     return {name: weight * size for name, weight in weights.items()}
 
 
-def _rows_of_epoch(source: _Source, part: Fraction, epoch: int) -> np.ndarray:
-    """Rows that start in [epoch * part, (epoch + 1) * part) of the endless repetition."""
+def _rows_of_epochs(source: _Source, part: Fraction, epochs: range) -> np.ndarray:
+    """Rows that start in [first epoch * part, (last epoch + 1) * part) of the endless repetition."""
     if not part:
         return np.empty(0, np.int64)
     ends = np.cumsum(source.sizes)
@@ -162,7 +164,7 @@ def _rows_of_epoch(source: _Source, part: Fraction, epoch: int) -> np.ndarray:
         rounds, rest = divmod(math.ceil(position), period)
         return rounds * len(starts) + int(np.searchsorted(starts, rest, side="left"))
 
-    numbers = np.arange(starts_before(epoch * part), starts_before((epoch + 1) * part))
+    numbers = np.arange(starts_before(epochs.start * part), starts_before(epochs.stop * part))
     return source.order[numbers % len(starts)]
 
 

@@ -11,6 +11,7 @@ import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -115,6 +116,7 @@ class StepPlan:
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        scalars: dict[str, Any] = {name: np.array(getattr(self, name)) for name in SCALARS}
         with temporary.open("wb") as file:
             np.savez_compressed(
                 file,
@@ -128,7 +130,7 @@ class StepPlan:
                 epoch=self.epoch,
                 cost=np.array([self.cost.linear, self.cost.quadratic]),
                 digest=np.array(self.digest),
-                **{name: np.array(getattr(self, name)) for name in SCALARS},
+                **scalars,
             )
         temporary.replace(path)
 

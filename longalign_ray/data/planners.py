@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from longalign_ray.data.best_fit import pack_decreasing
+from longalign_ray.data.best_fit import BLOCK_BITS, pack_decreasing, pop, push, smallest_room
 
 WINDOW = 2_048
 MOST_OPEN = 256
@@ -76,14 +76,14 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Packs:
 
 
 def streaming(lengths: np.ndarray, capacity: int) -> Packs:
-    """Best fit in one pass: of every 2,048 items the longest first, into 256 open packs at most.
+    """Best fit in one pass: of every 2,048 items the longest first, into the packs that are open.
 
-    An item that fits nowhere opens a pack; if 256 are open, the fullest is closed for good. What is kept between two
-    windows are the 256 rooms, so items may come from a stream of any length.
+    An item that fits nowhere opens a pack; after each window the fullest packs are closed for good, until 256 are open.
+    So all that a stream must keep are these and the items of a window.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     order = np.lexsort((-lengths, np.arange(len(lengths)) // WINDOW))
-    return _grouped(order, _streaming(lengths[order], capacity, MOST_OPEN))
+    return _grouped(order, _streaming(lengths[order], capacity, WINDOW, MOST_OPEN))
 
 
 def _grouped(order: np.ndarray, pack_of: np.ndarray) -> Packs:
@@ -105,24 +105,28 @@ def _next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 @njit(cache=True)
-def _streaming(lengths: np.ndarray, capacity: int, most_open: int) -> np.ndarray:
+def _streaming(lengths: np.ndarray, capacity: int, window: int, most_open: int) -> np.ndarray:
     pack_of = np.empty(len(lengths), np.int32)
-    rooms = np.zeros(most_open, np.int64)  # room 0: this place is free
-    packs = np.empty(most_open, np.int32)
-    num_packs = 0
+    below = np.empty(len(lengths), np.int32)
+    top = np.full(capacity + 1, -1, np.int32)
+    in_block = np.zeros((capacity >> BLOCK_BITS) + 1, np.int32)
+    num_packs = num_open = 0
     for i in range(len(lengths)):
-        place, fullest = -1, 0
-        for j in range(most_open):
-            if rooms[j] >= lengths[i] and (place < 0 or rooms[j] < rooms[place]):
-                place = j
-            if rooms[j] < rooms[fullest]:
-                fullest = j
-        if place < 0:
-            place = fullest
-            rooms[place], packs[place] = capacity, num_packs
+        if i % window == 0:
+            room = 0
+            while num_open > most_open:  # closes the fullest
+                room = smallest_room(top, in_block, room)
+                pop(top, below, in_block, room)
+                num_open -= 1
+        room = smallest_room(top, in_block, lengths[i])
+        if room < 0:
+            pack, room = num_packs, capacity
             num_packs += 1
-        pack_of[i] = packs[place]
-        rooms[place] -= lengths[i]
+            num_open += 1
+        else:
+            pack = pop(top, below, in_block, room)
+        pack_of[i] = pack
+        push(top, below, in_block, room - lengths[i], pack)
     return pack_of
 
 

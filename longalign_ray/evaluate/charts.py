@@ -111,6 +111,37 @@ def bar_chart(edges: Sequence[str], sets: Sequence[Bars], *, title: str, x_label
     return svg(title, parts)
 
 
+def slot_bars(costs: Sequence[Sequence[float]], *, title: str, y_label: str, highest: float) -> str:
+    """A bar for each rank in each micro-step, costs[micro_step][rank]; what a rank waits for stands above its bar.
+
+    As many micro-steps are shown as leave a bar three pixels, at least one.
+    """
+    width = WIDTH - LEFT - RIGHT
+    shown = costs[: max(int(width / 3 / (len(costs[0]) + 1)), 1)]
+    y_axis = Axis.of([highest], HEIGHT - BOTTOM, TOP, zero=True)
+    step_width = width / len(shown)
+    bar_width = step_width / (len(shown[0]) + 1)
+    parts = [y_axis_marks(y_axis, y_label, WIDTH - RIGHT)]
+    for number, ranks in enumerate(shown):
+        top = y_axis.at(max(ranks))
+        for rank, cost in enumerate(ranks):
+            x, y = LEFT + number * step_width + (rank + 0.5) * bar_width, y_axis.at(cost)
+            place = f'x="{x:.1f}" width="{max(bar_width * 0.8, 0.5):.1f}"'
+            tip_text = f"micro-step {number + 1}, rank {rank + 1}: {short(cost)}, waits {short(max(ranks) - cost)}"
+            parts.append(
+                f'<rect class="bar before" {place} y="{top:.1f}" height="{y - top:.1f}" opacity="0.35"/>'
+                f'<rect class="bar accent" {place} y="{y:.1f}" height="{max(y_axis.at(0) - y, 0.5):.1f}">'
+                f"{tip(tip_text)}</rect>"
+            )
+        if len(shown) <= 24:
+            middle = LEFT + (number + 0.5) * step_width
+            parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{number + 1}</text>')
+    rest = f", the first {len(shown)} of {len(costs)}" if len(shown) < len(costs) else ""
+    parts.append(x_label_text(f"micro-step{rest}; a bar a rank", WIDTH - RIGHT))
+    parts.append(_legend([("computes", "accent"), ("waits", "before")]))
+    return svg(title, parts)
+
+
 def bar_rows(rows: Sequence[tuple[str, float, str, str]], *, title: str, x_label: str) -> str:
     """Horizontal bars from zero; a row is (label, value, text beside the bar, colour class)."""
     label_width = max(len(label) for label, *_ in rows) * 7 + 14

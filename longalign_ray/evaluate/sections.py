@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from longalign_ray.evaluate import page
-from longalign_ray.evaluate.charts import Bars, Line, bar_chart, bar_rows, line_chart
+from longalign_ray.evaluate.charts import Bars, Line, bar_chart, bar_rows, line_chart, slot_bars
 from longalign_ray.evaluate.heat_map import heat_map, scale_legend
 from longalign_ray.evaluate.summary import FILL_BINS, Summary
 from longalign_ray.evaluate.svg import short
@@ -156,7 +156,7 @@ def packing(summary: Summary) -> str:
     else:
         parts.append(page.missing("Examples", summary["missing"]["examples"]))
     if packs := summary["packs"]:
-        parts += [_fill(packs), _balance(packs)]
+        parts += [_fill(packs), _balance(packs), *_one_step(packs)]
     else:
         parts.append(page.missing("Packs", summary["missing"]["packs"]))
     explanation = "How examples were laid into packs, and how evenly the packs keep the ranks busy."
@@ -191,11 +191,29 @@ def _balance(packs: Summary) -> str:
         x_label="step",
         y_label="cost / mean of the ranks",
     )
+    where = "once, at its end" if packs["balance"] == "sums" else "in each"
     note = (
-        f"1 = the mean rank. A step of {packs['micro_steps']} micro-steps waits for the slowest rank in each; over "
+        f"1 = the mean rank. A step of {packs['micro_steps']} micro-steps waits for the slowest rank {where}; over "
         f"all steps that takes {packs['imbalance']:.3f} times the time of perfect sharing."
     )
     return page.figure(f"Balance over {packs['num_ranks']} ranks", chart, note)
+
+
+def _one_step(packs: Summary) -> list[str]:
+    """A typical step before and after planning: what each rank computes in each micro-step."""
+    steps = packs["one_step"]
+    highest = max(cost for step in steps.values() for ranks in step["costs"] for cost in ranks)
+    made = []
+    for name, what in (("shuffled", "full packs in random order"), ("planned", "as planned")):
+        chart = slot_bars(
+            steps[name]["costs"],
+            title=f"cost of each rank in each micro-step of a step, {what}",
+            y_label="cost / mean",
+            highest=highest,
+        )
+        note = f"A typical step: {steps[name]['imbalance']:.3f} times the time of perfect sharing."
+        made.append(page.figure(f"One step, {what}", chart, note))
+    return made
 
 
 def flow(summary: Summary) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from longalign_ray.data.balance import imbalance
+from longalign_ray.data.make_plan import PlanSettings, plan_lengths
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.store import ExampleIndex
 from longalign_ray.errors import LongAlignError
@@ -95,10 +97,9 @@ def _packs(run_dir: RunDir) -> dict[str, Any] | None:
         return None
     plan = StepPlan.load(run_dir.plan)
     tokens, costs = plan.slot_tokens(), plan.slot_costs()
-    fill = tokens[tokens > 0] / plan.capacity
+    fill = tokens[tokens > 0] / (plan.capacity * plan.sp_degree)
     of_rank = costs.sum(axis=1)  # float64[steps, groups]
     mean = np.maximum(of_rank.mean(axis=1), np.finfo(np.float64).tiny)
-    slowest = costs.max(axis=2).sum(axis=1)
     return {
         "num_packs": len(fill),
         "capacity": plan.capacity,
@@ -111,8 +112,42 @@ def _packs(run_dir: RunDir) -> dict[str, Any] | None:
         "imbalance": plan.imbalance(),
         "busiest_rank": (of_rank.max(axis=1) / mean).tolist(),
         "idlest_rank": (of_rank.min(axis=1) / mean).tolist(),
-        "lock_step": (slowest / mean).tolist(),
+        "lock_step": plan.step_imbalance().tolist(),
+        "balance": plan.balance,
+        "one_step": _one_step(plan),
     }
+
+
+def _one_step(plan: StepPlan) -> dict[str, Any]:
+    """Cost of every slot of a typical step, over the mean: as planned, and of full packs in random order.
+
+    Both are the steps of median imbalance, of those of the first 64 steps.
+    """
+    _, micro_steps, groups = plan.shape
+    some = plan.lengths[: plan.offsets[min(plan.num_steps, 64) * micro_steps * groups]]
+    settings = PlanSettings(
+        strategy="best_fit",
+        balance="none",
+        capacity=plan.capacity,
+        packs_per_step=micro_steps * plan.world_size,
+        world_size=plan.world_size,
+        sp_degree=plan.sp_degree,
+        seed=plan.seed,
+    )
+    shuffled = plan_lengths(some, settings, cost=plan.cost)
+    made: dict[str, Any] = {}
+    for name, other, imbalances in (
+        ("shuffled", shuffled, imbalance(shuffled.slot_costs(), plan.balance)),
+        ("planned", plan, plan.step_imbalance()[:64]),
+    ):
+        step = int(np.argsort(imbalances, kind="stable")[len(imbalances) // 2])
+        costs = other.slot_costs()[step]
+        made[name] = {
+            "step": step,
+            "imbalance": float(imbalances[step]),
+            "costs": (costs / costs.mean()).tolist(),  # [micro-step][group]
+        }
+    return made
 
 
 def _training(run_dir: RunDir) -> dict[str, Any] | None:

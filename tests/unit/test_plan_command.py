@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from longalign_ray.cli import main
+from longalign_ray.data.plan import StepPlan
+from longalign_ray.data.store import ExampleIndex
+from longalign_ray.run_dir import RunDir
 from tests.unit.data.mixes import long_context_mix
 
 LINEAR, QUADRATIC = 6 * 6.738e9, 6 * 32 * 4_096
@@ -27,7 +31,7 @@ def plan(capsys: pytest.CaptureFixture[str], tmp_path: Path, *options: str) -> t
     return code, told.out, told.err
 
 
-def rescore(path: Path, lengths: np.ndarray, *, capacity: int, meets: str) -> dict[str, float]:
+def rescore(path: Path, lengths: np.ndarray, *, capacity: int, meets: str) -> dict[str, Any]:
     """From the three arrays of the file and the lengths alone, a slot at a time."""
     with np.load(path) as file:
         rows, offsets, shape, degree = (file[name] for name in ("example_rows", "offsets", "shape", "sp_degree"))
@@ -42,7 +46,7 @@ def rescore(path: Path, lengths: np.ndarray, *, capacity: int, meets: str) -> di
     took = per_step.max(axis=2).sum(axis=1) if meets == "micro-step" else per_step.sum(axis=1).max(axis=1)
     ideal = per_step.sum(axis=(1, 2)) / shape[2]
     return {
-        "num_packs": np.count_nonzero(tokens),
+        "num_packs": int(np.count_nonzero(tokens)),
         "num_steps": int(shape[0]),
         "utilisation": sum(tokens) / (np.count_nonzero(tokens) * capacity * degree),
         "imbalance_mean": took.sum() / ideal.sum(),
@@ -139,3 +143,58 @@ def test_wrong_files(made: np.ndarray | None, tmp_path: Path, capsys: pytest.Cap
 def test_neither_recipe_nor_lengths(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan"]) == 2
     assert "longalign plan RECIPE.yaml, or --lengths FILE.npy" in capsys.readouterr().err
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model_dir: Path) -> Path:
+    """A recipe whose corpus is tokenised: 300 examples, 10 of them held out."""
+    lengths = np.random.default_rng(0).integers(1, 513, 300).astype(np.int32)
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.store.mkdir(parents=True)
+    ExampleIndex(
+        example_id=np.array([f"e{number}" for number in range(300)], dtype=object),
+        length=lengths,
+        num_targets=lengths // 2,
+        sum_weights=(lengths // 2).astype(np.float64),
+        file=np.zeros(300, np.int32),
+        row=np.arange(300, dtype=np.int32),
+        source=np.full(300, "corpus", object),
+        heldout=np.arange(300) >= 290,
+    ).save(run_dir.store / "index.parquet")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"run_dir: {run_dir.root}\nmodel:\n  path: {tiny_model_dir}\ndata:\n  max_length: 512\n"
+        "packing:\n  capacity: 512\n  packs_per_step: 8\ntrain:\n  num_workers: 2\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_a_recipe(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipe)]) == 0
+    told = capsys.readouterr().out
+    assert "290 sequences, 2 ranks in groups of 1, 4 micro-steps, 512 tokens a rank" in told
+    by_ranks = [line.split() for line in told.split("time / ideal")[-1].splitlines()[1:]]
+    assert [(row[0], row[2]) for row in by_ranks] == [("1", "8"), ("2", "4"), ("4", "2"), ("8", "1")]
+    assert len({row[1] for row in by_ranks}) == 1, "the number of steps depends on the ranks"
+    assert by_ranks[1][-1] == "recipe"
+
+
+def test_options_replace_what_the_recipe_says(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.npz"
+    options = "--world-size 8 --sp 4 --micro-steps 2 --strategy best_fit --balance none --json"
+    assert main(["plan", str(recipe), "train.epochs=2", *options.split(), "--out", str(out)]) == 0
+    score = json.loads(capsys.readouterr().out)
+    plan = StepPlan.load(out)
+    assert (plan.shape[1:], plan.sp_degree, plan.strategy, plan.balance) == ((2, 2), 4, "best_fit", "none")
+    assert (score["num_sequences"], score["num_steps"]) == (580, plan.num_steps)
+    assert sorted(plan.example_rows.tolist()) == sorted(2 * list(range(290)))
+
+
+def test_a_recipe_whose_corpus_is_not_tokenised(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(recipe), f"run_dir={tmp_path / 'other'}"]) == 1
+    assert "run `longalign prepare` first" in capsys.readouterr().err
+    assert main(["plan", str(recipe), "--model", "config.json"]) == 2
+    assert "model.path" in capsys.readouterr().err

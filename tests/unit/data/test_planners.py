@@ -107,7 +107,7 @@ def test_next_fit_gives_the_papers_packs(lengths: list[int]) -> None:
 
 
 def test_streaming_by_hand() -> None:
-    """One window, so best-fit decreasing; and the fullest of the open packs is closed for a new one."""
+    """One window, so best-fit decreasing; after a window of sixes 256 packs stay open, for as many fours."""
     assert sorted(map(sorted, contents(stream(np.array([4, 7, 2, 3, 5]), 10)))) == [[0, 4], [1, 3], [2]]
     lengths = np.concatenate([np.full(WINDOW, 6), np.full(MOST_OPEN, 4)])
     packs = stream(lengths, 10)

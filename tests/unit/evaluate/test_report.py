@@ -136,6 +136,12 @@ def test_numbers_by_hand(run_dir: RunDir):
     assert packs["idlest_rank"] == pytest.approx([100 / 145, 30 / 50])
     assert packs["lock_step"] == pytest.approx([190 / 145, (30 + 70) / 50])
     assert packs["imbalance"] == pytest.approx((190 + 100) / (145 + 50))
+    # Of two steps the one that waits longer: ranks of 30 and nothing, then nothing and 70.
+    planned, shuffled = packs["one_step"]["planned"], packs["one_step"]["shuffled"]
+    assert (planned["step"], planned["imbalance"]) == (1, 2)
+    assert sorted(cost for ranks in planned["costs"] for cost in ranks) == pytest.approx([0, 0, 1.2, 2.8])
+    assert (len(shuffled["costs"]), len(shuffled["costs"][0])) == (2, 2)
+    assert sum(cost for ranks in shuffled["costs"] for cost in ranks) == pytest.approx(4)
     assert training["tokens_per_second"] == pytest.approx(390 / 5)
     assert (training["first_loss"], training["last_loss"]) == (2.75, 2.25)
     assert list(summary["needle"]) == ["zero", "after"], "not in the order of evaluate.models"
@@ -147,7 +153,7 @@ def test_the_page_holds_the_numbers(run_dir: RunDir):
     write_report(run_dir)
     text = run_dir.report_html.read_text(encoding="utf-8")
     checker = check_html(text)
-    assert checker.tags.count("svg") == 13  # 6 of data and training, 2 maps and their scales, 2 losses, 1 of times
+    assert checker.tags.count("svg") == 15  # 8 of data and training, 2 maps and their scales, 2 losses, 1 of times
     for number in ("78.0%", "78 tokens/s", "2.125", "1.625", "3.125", "9.8.7", "too long <b>17</b>"):
         assert number in text, number
     assert "some run &amp; more" in text
