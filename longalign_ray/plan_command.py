@@ -35,6 +35,7 @@ class PlanScore:
     strategy: str
     balance: str
     num_sequences: int
+    """All that were given, those dropped too."""
     num_packs: int
     """Slots that hold sequences, of sp_degree * capacity tokens."""
     lower_bound_packs: int

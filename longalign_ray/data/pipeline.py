@@ -75,6 +75,7 @@ def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Mapp
         "steps": plan.num_steps,
         "fill": plan.fill(),
         "imbalance": plan.imbalance(),
+        "carried": plan.num_carried,
     }
     for name, use in uses.items():
         if len(uses) > 1:

@@ -24,7 +24,7 @@ Encoding = Any  # tokenizers.Encoding
 
 BATCH_CHARS = 1 << 19
 BATCH_SIZE = 256
-MAX_CUTS = 8
+MAX_CUTS = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ def cut_left(conversation: Conversation, excess: int, *, num_tokens: int, encode
             return None
         return _with_shorter(conversation, head, lambda text: _without_tokens(text, 0, excess, encode))
     sizes = [len(encode(message.content)) for message in messages]
-    of_template = max(num_tokens - sum(sizes), 0) // len(messages)  # tokens that it adds to a message
+    # Tokens that the template adds to a message, estimated high: too few exchanges cut are followed by another cut.
+    of_template = 1 + 5 * max(num_tokens - sum(sizes), 0) // (4 * len(messages))
     removed = 0
     for start, end in zip([head, *starts], starts, strict=False):
         removed += sum(sizes[start:end]) + of_template * (end - start)

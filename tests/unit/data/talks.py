@@ -77,8 +77,8 @@ def with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
 
 def talk(*turns: str, roles: tuple[str, ...] = ("user", "assistant"), system: str | None = None) -> Conversation:
     messages = [Message(role, text) for role, text in zip(itertools.cycle(roles), turns, strict=False)]
-    first = [] if system is None else [Message("system", system)]
-    return Conversation("c", (*first, *messages), "test")
+    head = [] if system is None else [Message("system", system)]
+    return Conversation("c", (*head, *messages), "test")
 
 
 def call(name: str, **arguments: Any) -> tuple[dict[str, Any], ...]:

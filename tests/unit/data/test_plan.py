@@ -142,12 +142,15 @@ def test_bare_lengths_count_all_tokens_but_the_first() -> None:
     packs_per_step=st.integers(1, 12),
     fill=st.sampled_from([0.3, 0.9, 1.0]),
     seed=st.integers(0, 3),
+    needs_group=st.booleans(),
 )
 @settings(max_examples=300, deadline=None)
 def test_conservation(
     lengths: list[int], strategy: str, balance: str, groups: int, sp_degree: int, packs_per_step: int, fill: float,
     seed: int,
+    needs_group: bool,
 ) -> None:  # fmt: skip
+    lengths = [length * sp_degree for length in lengths] if needs_group else lengths
     made = plan_lengths(
         np.array(lengths),
         PlanSettings(
@@ -188,12 +191,28 @@ def test_totals_agree_with_the_slots(index: ExampleIndex) -> None:
         assert plan.num_targets[step] == targets[rows].sum()
 
 
-def test_seed_and_epoch_change_the_order(index: ExampleIndex) -> None:
-    assert plan_of(index).digest == plan_of(index).digest
-    assert plan_of(index).digest != plan_of(index, seed=1).digest
-    first, second = np.split(plan_of(index, epochs=2, packs_per_step=1, world_size=1).example_rows, 2)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_seed_and_epoch_change_the_order(index: ExampleIndex, strategy: str) -> None:
+    how = {"strategy": strategy, "group_size": 2, "epochs": 2, "packs_per_step": 1, "world_size": 1}
+    plan = plan_of(index, **how)
+    assert plan.digest == plan_of(index, **how).digest
+    assert plan.digest != plan_of(index, **how, seed=1).digest
+    assert plan.example_rows[:40].tolist() != plan.example_rows[-48:-8].tolist()
+
+
+@pytest.mark.parametrize("strategy", ["best_fit", "naive"])
+def test_epochs_end_with_a_pack(index: ExampleIndex, strategy: str) -> None:
+    first, second = np.split(
+        plan_of(index, strategy=strategy, epochs=2, packs_per_step=1, world_size=1).example_rows, 2
+    )
     assert sorted(first) == sorted(second)
     assert first.tolist() != second.tolist()
+
+
+def test_the_epoch_of_a_step_is_that_of_its_earliest_example() -> None:
+    """Three packs an epoch and two a step: the second step has one of each epoch."""
+    plan = plan_of(make_index([60, 60, 60]), packs_per_step=2, epochs=2)
+    assert plan.epoch.tolist() == [0, 0, 1]
 
 
 def test_max_steps_cuts_the_end(index: ExampleIndex) -> None:

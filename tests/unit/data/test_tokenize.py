@@ -152,6 +152,8 @@ def test_template_without_end_of_turn_gets_eos_at_the_end(tokenizer: Tokenizer) 
     example = tokenized(plain, talk("Hi", "Hello!", "Bye", "See you."))
     assert targets(plain, example) == ["Hello!", "See you.", "<|im_end|>"]  # the newline between is the template's
     assert example.input_ids[-1] == plain.eos_token_id
+    quoted = tokenized(plain, talk("Hi", "Hello!", "<|im_end|>?", "See you."))
+    assert targets(plain, quoted) == ["Hello!", "See you.", "<|im_end|>"]  # a question's own token ends no answer
     unanswered = tokenized(plain, talk("Hi", "Hello!", "Bye"))
     assert targets(plain, unanswered) == ["Hello!"]
     assert plain.decode(unanswered.input_ids).endswith("Bye\n")

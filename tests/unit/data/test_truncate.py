@@ -70,6 +70,13 @@ def test_cut_left_drops_whole_exchanges_then_the_beginning_of_the_last_question(
     assert text == tokenizer.decode(tokenized(tokenizer, talk(question, "3.", system="Be kind.")).input_ids)
 
 
+def test_cut_left_keeps_as_many_exchanges_as_fit(tokenizer: Tokenizer) -> None:
+    turns = [f"{'question' if n % 2 == 0 else 'answer'} {n:02} {'.' * (n % 7)}" for n in range(60)]
+    fitting = tokenized(tokenizer, talk(*turns[-6:], system="Be kind."))
+    text, _ = cut(tokenizer, talk(*turns, system="Be kind."), fitting.length + 5, "cut_left")
+    assert text == tokenizer.decode(fitting.input_ids)
+
+
 def test_cut_middle_keeps_head_and_tail_of_the_longest_question(tokenizer: Tokenizer) -> None:
     conversation = talk("short", "1.", "HEAD" + "." * 100 + "TAIL", "2.")
     whole = tokenized(tokenizer, conversation).length

@@ -95,8 +95,8 @@ def one_at_a_time(model: Any, *, kind: LossKind = "sequence") -> tuple[float, di
         weights = torch.tensor(example.loss_weight[1:], dtype=torch.float64) / 100
         losses.append((weights * token_losses).sum())
         sums.append(weights.sum())
-    losses_S, sums_S = torch.stack(losses), torch.stack(sums)
-    loss = (losses_S / sums_S).mean() if kind == "sequence" else losses_S.sum() / sums_S.sum()
+    sum_S, weight_S = torch.stack(losses), torch.stack(sums)
+    loss = (sum_S / weight_S).mean() if kind == "sequence" else sum_S.sum() / weight_S.sum()
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
