@@ -6,55 +6,25 @@ import argparse
 import dataclasses
 import json
 import logging
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from longalign_ray.data.best_fit import lower_bound_of_counts
 from longalign_ray.data.cost import LLAMA_2_7B, SequenceCost, sequence_cost
-from longalign_ray.data.make_plan import CANDIDATES, PlanSettings, plan_lengths
+from longalign_ray.data.make_plan import PlanSettings
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.plan_file import PlanWriter
 from longalign_ray.data.plan_groups import GROUP, GroupPlan, plan_groups, seeded_rows
-from longalign_ray.errors import ConfigError, LongAlignError, PlanMismatchError
+from longalign_ray.data.plan_score import PlanScore, score, warm_up
+from longalign_ray.errors import ConfigError, LongAlignError
 
 logger = logging.getLogger(__name__)
 
 BESIDE = (("next_fit", "none", "the paper's packing"), ("naive", "none", "one sequence a rank"))
 """Strategies that are always shown for comparison: packs and sequences in the order of the epoch."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlanScore:
-    """How good a plan is; times count the cost model's FLOPs and nothing else."""
-
-    strategy: str
-    balance: str
-    num_sequences: int
-    """All that were given, those dropped too."""
-    num_packs: int
-    """Slots that hold sequences, of sp_degree * capacity tokens."""
-    lower_bound_packs: int
-    """Fewest packs of that size that can hold the sequences: bound L2 of Martello and Toth."""
-    utilisation: float
-    """Tokens over the token room of the packs."""
-    cpu_seconds: float
-    """Of planning, compiled before."""
-    imbalance_mean: float
-    """Time of all steps over their time if all ranks shared the work of each evenly."""
-    imbalance_worst: float
-    """The same of the worst step."""
-    num_steps: int
-    dropped: int
-    """Sequences that no pack can hold: empty or longer than sp_degree * capacity."""
-    carried: int
-    """Times that `deal` moved an example to the next step."""
-    hours: float
-    """Of forward and backward at the assumed rate of a rank."""
 
 
 def describe_plan(arguments: argparse.Namespace) -> str:
@@ -83,14 +53,13 @@ def _from_lengths(arguments: argparse.Namespace) -> str:
         arguments,
     )
     cost = _cost_of(arguments.model) or LLAMA_2_7B
-    warm_up(lengths, settings, cost)
+    others = [replace(settings, strategy=strategy, balance=balance) for strategy, balance, _ in BESIDE]
+    for each in (settings, *others):
+        warm_up(lengths, each, cost)
     writer = PlanWriter(Path(arguments.out)) if arguments.out else None
     asked = score(plan_groups(lengths, settings, cost=cost), settings, arguments.tflops, writer)
     sample = lengths if len(lengths) <= GROUP else lengths[seeded_rows(0, GROUP, len(lengths), settings.seed)]
-    beside = [
-        score(plan_groups(sample, other, cost=cost), other, arguments.tflops)
-        for other in (replace(settings, strategy=strategy, balance=balance) for strategy, balance, _ in BESIDE)
-    ]
+    beside = [score(plan_groups(sample, other, cost=cost), other, arguments.tflops) for other in others]
     if arguments.json:
         return _json(asked, beside)
     if asked.dropped:
@@ -198,60 +167,6 @@ def _cost_of(model: str | None) -> SequenceCost | None:
         return sequence_cost(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--model {path} does not describe a decoder ({error}); give its config.json") from error
-
-
-def warm_up(lengths: np.ndarray, settings: PlanSettings, cost: SequenceCost) -> None:
-    """Compiles what planning calls, so that the CPU seconds are those of planning."""
-    few = np.clip(np.asarray(lengths[:64]), 1, settings.capacity)
-    asked = CANDIDATES if settings.strategy == "auto" else (settings.strategy,)
-    for strategy, balance in (*((name, settings.balance) for name in asked), *((s, b) for s, b, _ in BESIDE)):
-        plan_lengths(few, replace(settings, strategy=strategy, balance=balance), cost=cost)
-    seeded_rows(0, 1, 2, 0)
-
-
-def score(
-    groups: Iterable[GroupPlan], settings: PlanSettings, tflops: float, writer: PlanWriter | None = None
-) -> PlanScore:
-    """The score of all groups together. Their plans are written as they come, then forgotten."""
-    room = settings.capacity * settings.sp_degree
-    counts = np.zeros(room + 1, np.int64)  # of the lengths
-    num_packs = num_steps = dropped = carried = 0
-    took = ideal = worst = cpu_seconds = 0.0
-    strategy = settings.strategy
-    started = time.process_time()
-    for group in groups:
-        cpu_seconds += time.process_time() - started
-        plan, costs = group.plan, group.plan.slot_costs()
-        imbalance = plan.step_imbalance()
-        ideal_times = costs.sum(axis=(1, 2)) / plan.shape[2]
-        counts += np.bincount(plan.lengths, minlength=room + 1)
-        num_packs, num_steps = num_packs + plan.num_packs, num_steps + plan.num_steps
-        dropped, carried = dropped + group.num_dropped, carried + plan.num_carried
-        took, ideal = took + float((imbalance * ideal_times).sum()), ideal + float(ideal_times.sum())
-        worst, strategy = max(worst, float(imbalance.max())), plan.strategy
-        if writer is not None:
-            writer.add(plan)
-        del plan, costs, group
-        started = time.process_time()
-    if num_packs == 0:
-        raise PlanMismatchError(f"no sequence can be planned: none has 1 to {room} tokens")
-    if writer is not None:
-        writer.close()
-    return PlanScore(
-        strategy=strategy,
-        balance=settings.balance,
-        num_sequences=int(counts.sum()) + dropped,
-        num_packs=num_packs,
-        lower_bound_packs=lower_bound_of_counts(counts),
-        utilisation=float(counts @ np.arange(room + 1)) / (num_packs * room),
-        cpu_seconds=cpu_seconds,
-        imbalance_mean=took / ideal,
-        imbalance_worst=worst,
-        num_steps=num_steps,
-        dropped=dropped,
-        carried=carried,
-        hours=took / settings.sp_degree / (tflops * 1e12) / 3_600,
-    )
 
 
 def _json(asked: PlanScore, beside: list[PlanScore]) -> str:

@@ -92,7 +92,8 @@ def plan_lengths(
 ) -> StepPlan:
     """`make_plan` from bare arrays, all int[n]. Without `num_targets` every token but the first is a target.
 
-    Every epoch is shuffled and planned by (seed, epoch); steps run on across the border of epochs.
+    Every epoch is shuffled and planned by (seed, epoch); steps run on across the border of epochs, and the last two
+    share evenly what is left.
     """
     if settings.strategy == "auto":
         plans = {
@@ -202,7 +203,7 @@ def _deal_all(
 def _pack_all(
     lengths: np.ndarray, epoch_starts: np.ndarray, settings: PlanSettings, cost: SequenceCost, unit: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(members, slot of each over all steps): packs of every epoch, shuffled, the next packs_per_step to each step."""
+    """(members, slot of each over all steps): packs of every epoch, shuffled, the next packs_per_step a step."""
     group_size = settings.group_size if settings.strategy == "sorted" else 1
     members: list[np.ndarray] = []
     numbers: list[np.ndarray] = []  # of the packs, in the order of training
@@ -217,7 +218,15 @@ def _pack_all(
     ranks = unit // settings.capacity
     packs_a_step = max(settings.packs_per_step // ranks, 1)
     num_steps = -(-num_packs // packs_a_step)
-    costs = np.bincount(number, weights=cost(lengths[member]), minlength=num_steps * packs_a_step)
+    step, turn = np.divmod(number, packs_a_step)
+    if num_steps > 1:  # the last two share evenly what is left, so that none is a fraction of a step
+        first = (num_steps - 2) * packs_a_step
+        half = -(-(num_packs - first) // (2 * group_size)) * group_size
+        middle = first + min(half, packs_a_step)
+        in_last = number >= middle
+        step, turn = np.where(in_last, num_steps - 1, step), np.where(in_last, number - middle, turn)
+    keys = step * packs_a_step + turn
+    costs = np.bincount(keys, weights=cost(lengths[member]), minlength=num_steps * packs_a_step)
     slot = place(
         costs.reshape(num_steps, packs_a_step),
         micro_steps=settings.micro_steps,
@@ -226,7 +235,7 @@ def _pack_all(
         packs_a_slot=settings.sp_degree // ranks,
     )
     slots_a_step = settings.micro_steps * settings.groups
-    return member, (slot + np.arange(num_steps)[:, None] * slots_a_step).ravel()[number]
+    return member, (slot + np.arange(num_steps)[:, None] * slots_a_step).ravel()[keys]
 
 
 def _shuffled_places(num_packs: int, group_size: int, seed: int, epoch: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from longalign_ray.data.cost import LLAMA_2_7B
 from longalign_ray.data.make_plan import PlanSettings
 from longalign_ray.data.plan_file import PlanWriter
 from longalign_ray.data.plan_groups import GROUP, plan_groups
-from longalign_ray.plan_command import score, warm_up
+from longalign_ray.data.plan_score import score, warm_up
 from tests.unit.data.mixes import long_context_mix
 
 CAPACITY = 65_536

@@ -9,25 +9,24 @@ Run: python -m tests.benchmarks.prepare_cost [bundled:smollm2-135m-instruct | MO
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import itertools
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from longalign_ray.config import DataConfig
-from longalign_ray.data import pipeline
-from longalign_ray.data.conversation import RecordError, parse_record
-from longalign_ray.data.corpus import corpus_files, cut_into_slices
-from longalign_ray.data.store import BatchFile, part_name
+from longalign_ray.data.conversation import Conversation, RecordError, parse_record
+from longalign_ray.data.corpus import CorpusSlice, corpus_files, cut_into_slices, read_records
+from longalign_ray.data.store import BatchFile, Example, part_name, write_examples
 from longalign_ray.data.template import load_tokenizer
+from longalign_ray.data.tokenize import ConversationTokenizer, Tokenized
 from longalign_ray.model_source import local_model_dir
 from tests.conftest import SHARED_DATA
 
@@ -39,6 +38,9 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="bundled:smollm2-135m-instruct")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    if not SHARED_DATA.is_dir():
+        print(f"left out: no real data at {SHARED_DATA}")
+        return
     model_dir = local_model_dir(arguments.model)
     with tempfile.TemporaryDirectory() as directory:
         corpus = Path(directory) / "corpus.jsonl"
@@ -50,22 +52,22 @@ def main() -> None:
 
 
 def measure(corpus: Path, store: Path, model_dir: Path, texts: list[str], core: Any, rounds: int) -> None:
-    settings = {
-        "data": DataConfig(max_length=131_072).model_dump(),
-        "style": "auto",
-        "role_order": "alternate",
-        "model_dir": str(model_dir),
-        "chat_template": None,
-        "store": str(store),
-    }
     [file] = corpus_files([str(corpus)])
-    items = [{"number": n, **dataclasses.asdict(part)} for n, part in enumerate(cut_into_slices(file))]
+    slices = cut_into_slices(file)
+    maker = ConversationTokenizer(load_tokenizer(model_dir), DataConfig(max_length=131_072))
+
+    def conversations(part: CorpusSlice) -> Iterator[tuple[int, Conversation]]:
+        for number, record in read_records(part):
+            yield number, parse_record(record, source=part.path, line_number=number)
+
+    def examples(part: CorpusSlice) -> Iterator[Example]:
+        for _, made in maker.many(conversations(part)):
+            if isinstance(made, Tokenized):
+                yield from made.examples
 
     def prepare() -> None:
-        for path in store.iterdir():
-            path.unlink()
-        for item in items:
-            pipeline._tokenise_slice(dict(item), settings)
+        for number, part in enumerate(slices):
+            write_examples(store / part_name(number), examples(part))
 
     def encode() -> None:
         for first in range(0, len(texts), 256):
@@ -76,7 +78,7 @@ def measure(corpus: Path, store: Path, model_dir: Path, texts: list[str], core: 
     for _ in range(rounds):
         seconds["encode_batch"].append(cpu_seconds(encode))
         seconds["prepare"].append(cpu_seconds(prepare))
-    files = [BatchFile(store / part_name(item["number"])) for item in items]
+    files = [BatchFile(store / part_name(number)) for number in range(len(slices))]
     num_tokens = sum(
         example.length for file in files for n in range(len(file.batch_starts) - 1) for example in file.examples(n)
     )

@@ -120,6 +120,14 @@ def test_auto_takes_the_plan_nearest_to_ideal_time(index: ExampleIndex, caplog: 
     assert f"{best.strategy} it is" in caplog.text
 
 
+def test_the_last_two_steps_share_what_is_left() -> None:
+    """Nine packs, four a step: 4, 3 and 2 instead of 4, 4 and 1; `sorted` cuts between its groups."""
+    index = make_index([60] * 9)
+    assert [len(rows) for rows in step_sets(plan_of(index))] == [4, 3, 2]
+    assert [len(rows) for rows in step_sets(plan_of(index, strategy="sorted", group_size=2))] == [4, 4, 1]
+    assert [len(rows) for rows in step_sets(plan_of(index, packs_per_step=16))] == [9]
+
+
 def test_sorted_keeps_groups_of_like_length_together() -> None:
     """Eight lengths in groups of two: with two ranks and no balancing, a micro-step is a group."""
     lengths = [5, 40, 7, 39, 20, 21, 60, 61]
