@@ -107,6 +107,30 @@ def test_the_store_is_the_same_whatever_the_slices(
     assert all(one.example(row).input_ids.tolist() == many.example(row).input_ids.tolist() for row in range(50))
 
 
+def test_an_interrupted_prepare_continues_with_what_is_finished(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a kill leaves it: some slices and packed files are there, others, the index and the manifest are not."""
+    from longalign_ray.data import corpus as corpus_module
+
+    monkeypatch.setattr(corpus_module.cut_into_slices, "__kwdefaults__", {"slice_bytes": 2_000})
+    corpus = write_corpus(tmp_path / "corpus.jsonl", 60)
+    recipe = write_recipe(tmp_path, tiny_model_dir, corpus={"paths": [str(corpus)]}, packing={"steps_per_file": 1})
+    _, run_dir = prepare(recipe)
+    digest = StepPlan.load(run_dir.plan).layout_digest
+    summaries, packed = sorted(run_dir.store.glob("part-*.json")), sorted(run_dir.packed.glob("part-*.arrow"))
+    assert len(summaries) > 4
+    assert len(packed) > 2
+    lost = [summaries[1], summaries[3], packed[0], run_dir.store / "index.parquet", run_dir.manifest("prepare")]
+    for path in lost:
+        path.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in [*summaries, *packed] if path.exists()}
+    prepare(recipe)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert all(path.exists() for path in lost)
+    assert StepPlan.load(run_dir.plan).layout_digest == digest
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("", "the corpus is empty"), ("{broken\n", "1 of 1 records are broken.*line 1"), ("\n\n", "no usable")],
