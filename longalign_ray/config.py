@@ -211,8 +211,8 @@ class PackingConfig(Section):
     """Tokens in a pack at most."""
     packs_per_step: PositiveInt = 8
     """Packs of one optimizer step over all ranks and micro-steps; independent of the number of ranks."""
-    steps_per_file: PositiveInt = 16
-    """Optimizer steps whose packs share one packed-block file."""
+    steps_per_file: PositiveInt | None = None
+    """Optimizer steps whose packs share one file of packed blocks; none: as many as fill 16 MB."""
 
 
 class TrainConfig(Section):

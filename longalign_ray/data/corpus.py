@@ -24,7 +24,7 @@ from longalign_ray.data.record_styles import RecordError
 
 __all__ = ["CorpusSlice", "corpus_files", "cut_into_slices", "read_records"]
 
-SLICE_BYTES = 4 << 20
+SLICE_BYTES = 16 << 20  # of text: about as many bytes of tokens
 TAIL_BYTES = 64 << 10
 
 

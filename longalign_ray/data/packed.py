@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import lru_cache
 from pathlib import Path
 
 from longalign_ray.data.plan import StepPlan
-from longalign_ray.data.store import BatchFile, Pack, TokenStore, part_name, write_batches
+from longalign_ray.data.store import BYTES_PER_TOKEN, BatchFile, Pack, TokenStore, part_name, write_batches
 from longalign_ray.errors import PlanMismatchError
 from longalign_ray.run_dir import write_json
 
 LAYOUT_FILE = "layout.json"
+BLOCK_BYTES = 16 << 20
+
+
+def steps_for_block(plan: StepPlan) -> int:
+    """Steps whose packs fill a file of BLOCK_BYTES: fewer make many small files, more make long tasks."""
+    bytes_per_step = BYTES_PER_TOKEN * int(plan.lengths.sum()) / plan.num_steps
+    return math.ceil(BLOCK_BYTES / bytes_per_step)
 
 
 def num_packed_files(plan: StepPlan, steps_per_file: int) -> int:

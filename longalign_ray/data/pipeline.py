@@ -7,9 +7,8 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +17,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from longalign_ray.config import DataConfig, RunConfig, SourceConfig
-from longalign_ray.data.conversation import Conversation, RecordError, parse_record
-from longalign_ray.data.corpus import CorpusSlice, corpus_files, cut_into_slices, read_records
+from longalign_ray.data.corpus import corpus_files, cut_into_slices
 from longalign_ray.data.cost import sequence_cost
-from longalign_ray.data.decontaminate import EvaluationRuns, contamination, evaluation_texts
-from longalign_ray.data.dedup import check_dedup, fingerprint, fingerprint_bytes, without_duplicates
+from longalign_ray.data.decontaminate import EvaluationRuns, evaluation_texts
+from longalign_ray.data.dedup import check_dedup, without_duplicates
 from longalign_ray.data.example_ids import unique_ids
 from longalign_ray.data.make_plan import PlanSettings, make_plan
 from longalign_ray.data.mixture import training_rows, use_of_sources
-from longalign_ray.data.packed import num_packed_files, write_layout, write_packed_file
+from longalign_ray.data.packed import num_packed_files, steps_for_block, write_layout, write_packed_file
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.record_styles import printable
-from longalign_ray.data.store import Example, ExampleIndex, TokenStore, part_name, write_examples
+from longalign_ray.data.slice_store import EVALUATION_FILE, index_file, summary_file, tokenise_slice
+from longalign_ray.data.store import ExampleIndex, TokenStore, part_name
 from longalign_ray.data.template import load_tokenizer
-from longalign_ray.data.tokenize import ConversationTokenizer
 from longalign_ray.errors import CorpusError, ModelError
 from longalign_ray.logs import progress
-from longalign_ray.run_dir import RunDir, digest, write_json
+from longalign_ray.run_dir import RunDir, digest
 
 INDEX_COLUMNS = ["example_id", "length", "num_targets", "sum_weights", "file", "row"]
-EVALUATION_FILE = "evaluation_runs.npy"
 # Reasons of records that are well formed, but not of use here.
 NOT_BROKEN = ("too_long", "no_target_left", "no_target", "duplicate", "near_duplicate", "contaminated")
 
@@ -63,7 +60,8 @@ def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Mapp
     index.save(run_dir.store / "index.parquet")
     plan = plan_for(config, index, model_dir, plan_settings(config, world_size=config.train.num_workers))
     plan.save(run_dir.plan)
-    num_packs = _write_packed(run_dir, plan, steps_per_file=config.packing.steps_per_file)
+    steps_per_file = config.packing.steps_per_file or steps_for_block(plan)
+    num_packs = _write_packed(run_dir, plan, steps_per_file=steps_per_file)
     planned = set(plan.example_rows.tolist())
     uses = use_of_sources(index, config.mixture, config.corpus.named, seed=config.seed, epochs=config.train.epochs)
     counts |= {
@@ -155,12 +153,12 @@ def _write_store(
     np.save(run_dir.store / EVALUATION_FILE, evaluation.hashes)
     with progress("prepare: slices tokenised", len(slices)) as bar:
         problems = []
-        for done, row in enumerate(_each(items, _tokenise_slice, settings), 1):
+        for done, row in enumerate(_each(items, tokenise_slice, settings), 1):
             problems += [row["problem"]] if row["problem"] else []
             bar.advance(done)
     if problems:  # the slices that went well are kept
         raise CorpusError("\n  ".join(sorted(problems)[:10]))
-    parts = [pq.read_table(run_dir.store / f"part-{number:05d}.parquet") for number in range(len(slices))]
+    parts = [pq.read_table(index_file(run_dir.store, number)) for number in range(len(slices))]
     found = pa.concat_tables(parts)
     table, duplicates = without_duplicates(found, [printable(part.path) for _, part in slices], config.data.dedup)
     counts: Counter[str] = Counter()
@@ -168,7 +166,7 @@ def _write_store(
     num_bad, first_rejects = 0, []
     with run_dir.rejects.open("w", encoding="utf-8") as file:
         for number in range(len(slices)):
-            summary = json.loads((run_dir.store / f"part-{number:05d}.json").read_text(encoding="utf-8"))
+            summary = json.loads(summary_file(run_dir.store, number).read_text(encoding="utf-8"))
             counts.update(summary["counts"])
             for reject in sorted(summary["rejects"] + duplicates.get(number, []), key=lambda reject: reject["line"]):
                 file.write(json.dumps(reject, ensure_ascii=False) + "\n")
@@ -209,98 +207,6 @@ def _each(items: list[dict[str, Any]], function: Any, settings: dict[str, Any]) 
     context.enable_progress_bars = False
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(function, fn_args=[settings])
     return dataset.iter_rows()
-
-
-def _tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Writes a slice's store file, its index rows (.parquet), and last its rejects and counts (.json).
-
-    What stops it is in the result as `problem`, so that the other slices go on.
-    """
-    number, settings = item.pop("number"), settings | {"style": item.pop("style")}
-    store, part = Path(settings["store"]), CorpusSlice(**item)
-    summary_file = store / f"part-{number:05d}.json"
-    if summary_file.exists():
-        return {"number": number, "problem": ""}
-    rejects: list[dict[str, Any]] = []
-    counts = Counter(records=0, examples=0, cut_examples=0, cut_tokens=0, text_pieces=0)
-    rows: list[tuple[str, int, int, float, int, bytes]] = []
-
-    def noted() -> Iterator[Example]:
-        for line, mark, example in _examples(part, settings, rejects, counts):
-            rows.append((example.example_id, example.length, example.num_targets, example.sum_weights, line, mark))
-            yield example
-
-    try:
-        write_examples(store / part_name(number), noted())
-    except (CorpusError, OSError) as error:
-        (store / part_name(number)).with_suffix(".tmp").unlink(missing_ok=True)
-        where = "" if isinstance(error, CorpusError) else f"{store} cannot be written; is there space left? "
-        return {"number": number, "problem": f"{where}{error}"}
-    index = {
-        "example_id": pa.array([row[0] for row in rows], pa.string()),
-        "length": pa.array([row[1] for row in rows], pa.int32()),
-        "num_targets": pa.array([row[2] for row in rows], pa.int32()),
-        "sum_weights": pa.array([row[3] for row in rows], pa.float64()),
-        "file": pa.array([number] * len(rows), pa.int32()),
-        "row": pa.array(range(len(rows)), pa.int32()),
-        "line": pa.array([row[4] for row in rows], pa.int64()),
-    }
-    if width := fingerprint_bytes(DataConfig(**settings["data"]).dedup):
-        index["fingerprint"] = pa.array([row[5] for row in rows], pa.binary(width))
-    pq.write_table(pa.table(index), store / f"part-{number:05d}.parquet")
-    write_json(summary_file, {"rejects": rejects, "counts": counts})
-    return {"number": number, "problem": ""}
-
-
-def _examples(
-    part: CorpusSlice, settings: dict[str, Any], rejects: list[dict[str, Any]], counts: Counter[str]
-) -> Iterator[tuple[int, bytes, Example]]:
-    """Line, fingerprint and example, one by one; what is no example goes to rejects, and everything is counted."""
-    data = DataConfig(**settings["data"])
-    evaluation = np.load(Path(settings["store"]) / EVALUATION_FILE, mmap_mode="r")
-    fingerprints: dict[int, bytes] = {}
-    maker = _cached_maker(settings["model_dir"], settings["chat_template"], json.dumps(settings["data"]))
-    source = printable(part.path)
-
-    def parsed() -> Iterator[tuple[int, Conversation | RecordError]]:
-        for line_number, record in read_records(part):
-            counts["records"] += 1
-            try:
-                conversation = parse_record(
-                    record,
-                    source=source,
-                    line_number=line_number,
-                    style=settings["style"],
-                    role_order=settings["role_order"],
-                )
-                if (shared := contamination(conversation, evaluation, data.decontaminate.ngram)) is not None:
-                    raise RecordError("contaminated", f"has these words of an evaluation text: {shared}")
-                fingerprints[line_number] = fingerprint(conversation, data.dedup)
-                yield line_number, conversation
-            except RecordError as error:
-                yield line_number, error
-
-    for line_number, made in maker.many(parsed()):
-        mark = fingerprints.pop(line_number, b"")
-        if isinstance(made, RecordError):
-            if made.reason == "too_long" and settings["data"]["too_long"] == "error":
-                raise CorpusError(f"{source}, line {line_number}: {made}; raise it, or let data.too_long skip or cut")
-            rejects.append({"file": source, "line": line_number, "reason": made.reason, "detail": str(made)})
-            continue
-        counts.update(
-            examples=len(made.examples),
-            cut_examples=int(made.num_cut > 0),
-            cut_tokens=made.num_cut,
-            text_pieces=len(made.examples) if len(made.examples) > 1 else 0,
-        )
-        yield from ((line_number, mark, example) for example in made.examples)
-
-
-@lru_cache(maxsize=1)
-def _cached_maker(model_dir: str, chat_template: str | None, data: str) -> ConversationTokenizer:
-    return ConversationTokenizer(
-        load_tokenizer(model_dir, chat_template=chat_template), DataConfig.model_validate_json(data)
-    )
 
 
 def _check_rejects(

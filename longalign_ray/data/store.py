@@ -25,8 +25,9 @@ SCHEMA = pa.schema(
         ("loss_weight", pa.large_list(pa.uint8())),  # per cent
     ]
 )
+BYTES_PER_TOKEN = 5  # an id and its weight
 ROWS_PER_BATCH = 1_024
-TOKENS_PER_BATCH = 1 << 20  # 5 MB
+TOKENS_PER_BATCH = 1 << 20
 FULL_WEIGHT = 100
 """loss_weight of a token that counts in full."""
 

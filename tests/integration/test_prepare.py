@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +132,35 @@ def test_an_interrupted_prepare_continues_with_what_is_finished(
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert all(path.exists() for path in lost)
     assert StepPlan.load(run_dir.plan).layout_digest == digest
+
+
+def test_a_killed_prepare_continues_and_one_worker_writes_what_four_write(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of the slices; the rest on more workers gives the bytes of an undisturbed run."""
+    paths = [str(write_corpus(tmp_path / f"part{n}.jsonl", 300, seed=n)) for n in range(24)]
+    sections = {"corpus": {"paths": paths}, "packing": {"packs_per_step": 8, "steps_per_file": 4}}
+    (tmp_path / "whole").mkdir()
+    _, undisturbed = prepare(write_recipe(tmp_path / "whole", tiny_model_dir, **sections))
+    recipe = write_recipe(tmp_path, tiny_model_dir, **sections)
+    store = tmp_path / "run" / "store"
+    command = [sys.executable, "-m", "longalign_ray.cli", "prepare", str(recipe), "ray.num_cpus=1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    try:
+        while process.poll() is None and len(list(store.glob("part-*.json"))) < 3:
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait()
+    time.sleep(2)  # its Ray dies with it
+    finished = {path: path.stat().st_mtime_ns for path in store.glob("part-*.json")}
+    assert 3 <= len(finished) < len(paths)
+    assert not (store / "index.parquet").exists()
+    _, run_dir = prepare(recipe)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    for directory in ("store", "packed"):
+        files = sorted(path.name for path in (undisturbed.root / directory).glob("*.arrow"))
+        assert len(files) > 3
+        for name in [*files, *(["index.parquet"] if directory == "store" else [])]:
+            assert (run_dir.root / directory / name).read_bytes() == (undisturbed.root / directory / name).read_bytes()
 
 
 @pytest.mark.parametrize(

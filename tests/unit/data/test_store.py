@@ -9,7 +9,7 @@ import pytest
 
 from longalign_ray.data.cost import SequenceCost
 from longalign_ray.data.make_plan import PlanSettings, make_plan
-from longalign_ray.data.packed import PackReader, num_packed_files, write_layout, write_packed_file
+from longalign_ray.data.packed import PackReader, num_packed_files, steps_for_block, write_layout, write_packed_file
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.store import BatchFile, Example, ExampleIndex, Pack, TokenStore, part_name, write_examples
 from longalign_ray.errors import PackFormatError, PlanMismatchError
@@ -114,6 +114,16 @@ def test_packed_blocks_equal_the_store_in_every_slot(store: TokenStore, tmp_path
         seen += one.example_ids
     assert sorted(seen) == sorted(store.index.example_id)
     assert empty >= plan.num_steps  # 5 packs in 3 x 2 slots
+
+
+@pytest.mark.parametrize("block_bytes", [1, 100, 1_000, 5_000, 10**9])
+def test_a_file_of_packed_blocks_holds_no_more_steps_than_it_needs(
+    store: TokenStore, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    monkeypatch.setattr("longalign_ray.data.packed.BLOCK_BYTES", block_bytes)
+    plan = plan_for(store, world_size=2)
+    steps, bytes_per_step = steps_for_block(plan), 5 * store.index.length.sum() / plan.num_steps
+    assert steps * bytes_per_step >= block_bytes > (steps - 1) * bytes_per_step
 
 
 def test_another_world_size_reads_row_by_row(store: TokenStore, tmp_path: Path) -> None:

@@ -1,0 +1,133 @@
+"""One slice of the corpus to its files in the token store: the work of one task of `prepare`.
+
+A slice leaves `part-N.arrow` (tokens and weights), `part-N.parquet` (its rows of the index) and, last, `part-N.json`
+(its rejects and counts), which says that the slice is done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from longalign_ray.config import DataConfig
+from longalign_ray.data.conversation import Conversation, RecordError, parse_record
+from longalign_ray.data.corpus import CorpusSlice, read_records
+from longalign_ray.data.decontaminate import contamination
+from longalign_ray.data.dedup import fingerprint, fingerprint_bytes
+from longalign_ray.data.record_styles import printable
+from longalign_ray.data.store import Example, part_name, write_examples
+from longalign_ray.data.template import load_tokenizer
+from longalign_ray.data.tokenize import ConversationTokenizer
+from longalign_ray.errors import CorpusError
+from longalign_ray.run_dir import write_json
+
+EVALUATION_FILE = "evaluation_runs.npy"
+
+
+def index_file(store: Path, number: int) -> Path:
+    """Index rows of slice `number`: id, length, targets, weights, place in the store, line in the corpus."""
+    return store / f"part-{number:05d}.parquet"
+
+
+def summary_file(store: Path, number: int) -> Path:
+    """Rejects and counts of slice `number`."""
+    return store / f"part-{number:05d}.json"
+
+
+def tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Writes a slice's store file, its index rows (.parquet), and last its rejects and counts (.json).
+
+    What stops it is in the result as `problem`, so that the other slices go on.
+    """
+    number, settings = item.pop("number"), settings | {"style": item.pop("style")}
+    store, part = Path(settings["store"]), CorpusSlice(**item)
+    if summary_file(store, number).exists():
+        return {"number": number, "problem": ""}
+    rejects: list[dict[str, Any]] = []
+    counts = Counter(records=0, examples=0, cut_examples=0, cut_tokens=0, text_pieces=0)
+    rows: list[tuple[str, int, int, float, int, bytes]] = []
+
+    def noted() -> Iterator[Example]:
+        for line, mark, example in _examples(part, settings, rejects, counts):
+            rows.append((example.example_id, example.length, example.num_targets, example.sum_weights, line, mark))
+            yield example
+
+    try:
+        write_examples(store / part_name(number), noted())
+    except (CorpusError, OSError) as error:
+        (store / part_name(number)).with_suffix(".tmp").unlink(missing_ok=True)
+        where = "" if isinstance(error, CorpusError) else f"{store} cannot be written; is there space left? "
+        return {"number": number, "problem": f"{where}{error}"}
+    index = {
+        "example_id": pa.array([row[0] for row in rows], pa.string()),
+        "length": pa.array([row[1] for row in rows], pa.int32()),
+        "num_targets": pa.array([row[2] for row in rows], pa.int32()),
+        "sum_weights": pa.array([row[3] for row in rows], pa.float64()),
+        "file": pa.array([number] * len(rows), pa.int32()),
+        "row": pa.array(range(len(rows)), pa.int32()),
+        "line": pa.array([row[4] for row in rows], pa.int64()),
+    }
+    if width := fingerprint_bytes(DataConfig(**settings["data"]).dedup):
+        index["fingerprint"] = pa.array([row[5] for row in rows], pa.binary(width))
+    pq.write_table(pa.table(index), index_file(store, number))
+    write_json(summary_file(store, number), {"rejects": rejects, "counts": counts})
+    return {"number": number, "problem": ""}
+
+
+def _examples(
+    part: CorpusSlice, settings: dict[str, Any], rejects: list[dict[str, Any]], counts: Counter[str]
+) -> Iterator[tuple[int, bytes, Example]]:
+    """Line, fingerprint and example, one by one; what is no example goes to rejects, and everything is counted."""
+    data = DataConfig(**settings["data"])
+    evaluation = np.load(Path(settings["store"]) / EVALUATION_FILE, mmap_mode="r")
+    fingerprints: dict[int, bytes] = {}
+    maker = _cached_maker(settings["model_dir"], settings["chat_template"], json.dumps(settings["data"]))
+    source = printable(part.path)
+
+    def parsed() -> Iterator[tuple[int, Conversation | RecordError]]:
+        for line_number, record in read_records(part):
+            counts["records"] += 1
+            try:
+                conversation = parse_record(
+                    record,
+                    source=source,
+                    line_number=line_number,
+                    style=settings["style"],
+                    role_order=settings["role_order"],
+                )
+                if (shared := contamination(conversation, evaluation, data.decontaminate.ngram)) is not None:
+                    raise RecordError("contaminated", f"has these words of an evaluation text: {shared}")
+                fingerprints[line_number] = fingerprint(conversation, data.dedup)
+                yield line_number, conversation
+            except RecordError as error:
+                yield line_number, error
+
+    for line_number, made in maker.many(parsed()):
+        mark = fingerprints.pop(line_number, b"")
+        if isinstance(made, RecordError):
+            if made.reason == "too_long" and settings["data"]["too_long"] == "error":
+                raise CorpusError(f"{source}, line {line_number}: {made}; raise it, or let data.too_long skip or cut")
+            rejects.append({"file": source, "line": line_number, "reason": made.reason, "detail": str(made)})
+            continue
+        counts.update(
+            examples=len(made.examples),
+            cut_examples=int(made.num_cut > 0),
+            cut_tokens=made.num_cut,
+            text_pieces=len(made.examples) if len(made.examples) > 1 else 0,
+        )
+        yield from ((line_number, mark, example) for example in made.examples)
+
+
+@lru_cache(maxsize=1)
+def _cached_maker(model_dir: str, chat_template: str | None, data: str) -> ConversationTokenizer:
+    return ConversationTokenizer(
+        load_tokenizer(model_dir, chat_template=chat_template), DataConfig.model_validate_json(data)
+    )
