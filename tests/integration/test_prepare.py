@@ -17,6 +17,7 @@ from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.store import TokenStore
 from longalign_ray.data.template import load_tokenizer
 from longalign_ray.errors import CorpusError, ModelError
+from longalign_ray.run_dir import RunDir
 from tests.integration.recipes import write_corpus, write_recipe
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -136,12 +137,12 @@ def test_an_interrupted_prepare_continues_with_what_is_finished(
 
 def test_a_killed_prepare_continues_and_one_worker_writes_what_four_write(tiny_model_dir: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of the slices; the rest on more workers gives the bytes of an undisturbed run."""
-    paths = [str(write_corpus(tmp_path / f"part{n}.jsonl", 300, seed=n)) for n in range(24)]
-    sections = {"corpus": {"paths": paths}, "packing": {"packs_per_step": 8, "steps_per_file": 4}}
+    paths = [str(write_corpus(tmp_path / f"part{n}.jsonl", 300, seed=n)) for n in range(16)]
+    sections = {"corpus": {"paths": paths}, "packing": {"packs_per_step": 8, "steps_per_file": 20}}
     (tmp_path / "whole").mkdir()
     _, undisturbed = prepare(write_recipe(tmp_path / "whole", tiny_model_dir, **sections))
     recipe = write_recipe(tmp_path, tiny_model_dir, **sections)
-    store = tmp_path / "run" / "store"
+    store = RunDir(tmp_path / "run").store
     command = [sys.executable, "-m", "longalign_ray.cli", "prepare", str(recipe), "ray.num_cpus=1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     try:
@@ -156,11 +157,11 @@ def test_a_killed_prepare_continues_and_one_worker_writes_what_four_write(tiny_m
     assert not (store / "index.parquet").exists()
     _, run_dir = prepare(recipe)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    for directory in ("store", "packed"):
-        files = sorted(path.name for path in (undisturbed.root / directory).glob("*.arrow"))
+    for made, expected in ((run_dir.store, undisturbed.store), (run_dir.packed, undisturbed.packed)):
+        files = sorted(path.name for pattern in ("*.arrow", "*.parquet") for path in expected.glob(pattern))
         assert len(files) > 3
-        for name in [*files, *(["index.parquet"] if directory == "store" else [])]:
-            assert (run_dir.root / directory / name).read_bytes() == (undisturbed.root / directory / name).read_bytes()
+        for name in files:
+            assert (made / name).read_bytes() == (expected / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(
