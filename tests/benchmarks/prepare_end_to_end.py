@@ -38,8 +38,9 @@ MODEL = "bundled:smollm2-135m-instruct"
 class Use:
     """What a command and all its descendants used."""
 
-    cpu_seconds: float
     wall_seconds: float
+    cpu_seconds: dict[str, float]
+    """Of the driver, the workers, and Ray's own processes."""
     driver_peak: int
     """Bytes of anonymous memory, as the others."""
     worker_peak: int
@@ -50,7 +51,7 @@ class Use:
 
 def watch(command: list[str], log: Path) -> Use:
     """Runs the command to its end; raises SystemExit with its output where it fails."""
-    cpu: dict[tuple[int, float], float] = {}
+    cpu: dict[tuple[str, int, float], float] = {}
     peaks: dict[str, int] = defaultdict(int)
     started = time.perf_counter()
     with log.open("w") as out:
@@ -58,19 +59,25 @@ def watch(command: list[str], log: Path) -> Use:
         while root.poll() is None:
             for process in [root, *root.children(recursive=True)]:
                 with suppress(psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
-                    times = process.cpu_times()
-                    cpu[process.pid, process.create_time()] = times.user + times.system
-                    memory = process.memory_info()
-                    if process.pid == root.pid:
-                        peaks["driver"] = max(peaks["driver"], memory.rss - memory.shared)
-                    elif process.cmdline()[0].startswith("ray::"):
-                        peaks["worker"] = max(peaks["worker"], memory.rss - memory.shared)
-                        peaks["worker_rss"] = max(peaks["worker_rss"], memory.rss)
+                    times, memory = process.cpu_times(), process.memory_info()
+                    name = "driver" if process.pid == root.pid else _kind(process)
+                    cpu[name, process.pid, process.create_time()] = times.user + times.system
+                    peaks[name] = max(peaks[name], memory.rss - memory.shared)
+                    peaks[f"{name} rss"] = max(peaks[f"{name} rss"], memory.rss)
             time.sleep(0.25)
     if root.returncode:
         raise SystemExit(log.read_text())
     seconds = time.perf_counter() - started
-    return Use(sum(cpu.values()), seconds, peaks["driver"], peaks["worker"], peaks["worker_rss"])
+    spent: dict[str, float] = defaultdict(float)
+    for (name, _, _), used in cpu.items():
+        spent[name] += used
+    return Use(seconds, spent, peaks["driver"], peaks["worker"], peaks["worker rss"])
+
+
+def _kind(process: psutil.Process) -> str:
+    """A worker changes its command line to `ray::` and what it runs; before, it imports."""
+    line = process.cmdline()
+    return "worker" if line and (line[0].startswith("ray::") or "default_worker.py" in " ".join(line)) else "ray"
 
 
 def main() -> None:
@@ -98,7 +105,17 @@ def main() -> None:
             "x 1": (whole, 1),
             f"x {times}": (whole * times, times),
         }
-        columns = ["corpus", "examples", "tokens", "wall s", "CPU s", "CPU s over encode_batch"]
+        columns = [
+            "corpus",
+            "examples",
+            "tokens",
+            "wall s",
+            "CPU s",
+            "of driver",
+            "of workers",
+            "of Ray",
+            "CPU s over encode_batch",
+        ]
         columns += ["driver, MB anonymous", "a worker, MB anonymous", "a worker, MB with mapped files"]
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         seconds = []
@@ -112,18 +129,19 @@ def main() -> None:
                 [sys.executable, "-m", "longalign_ray.cli", "prepare", "jobs/recipes/quickstart.yaml", *settings],
                 Path(scratch) / "log",
             )
-            seconds.append(use.cpu_seconds)
+            total = sum(use.cpu_seconds.values())
+            seconds.append(total)
             index = ExampleIndex.load(run_dir.store / "index.parquet")
             manifest = Manifest.load(run_dir.manifest("prepare"))
             if manifest is None or manifest.counts["examples"] != len(index):
                 raise SystemExit(f"{run_dir.root}: the manifest does not agree with the index")
-            ratio = f"{use.cpu_seconds / (multiple * yardstick):.2f}" if multiple else "-"
+            ratio = f"{total / (multiple * yardstick):.2f}" if multiple else "-"
+            parts = " | ".join(f"{use.cpu_seconds[name]:.1f}" for name in ("driver", "worker", "ray"))
             peaks = (use.driver_peak, use.worker_peak, use.worker_peak_rss)
             memory = " | ".join(f"{peak / 1e6:,.0f}" for peak in peaks)
+            size = f"{len(index):,} | {index.length.sum():,}"
             print(
-                f"| {name} | {len(index):,} | {index.length.sum():,} | {use.wall_seconds:.0f} | {use.cpu_seconds:.1f} | "
-                f"{ratio} | {memory} |",
-                flush=True,
+                f"| {name} | {size} | {use.wall_seconds:.0f} | {total:.1f} | {parts} | {ratio} | {memory} |", flush=True
             )
         marginal = (seconds[2] - seconds[1]) / ((times - 1) * yardstick)
         print(
