@@ -134,7 +134,7 @@ def _dry_run(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.recipe, arguments.overrides)
     states = stages.stage_states(config, RunDir(Path(config.run_dir)))
-    print(dump_config(config) + "\n" + "\n".join(f"{stage:<10} {state}" for stage, state in states))
+    print(dump_config(config) + "\n" + "\n".join(f"{stage:<18} {state}" for stage, state in states))
     return 0
 
 

@@ -338,6 +338,10 @@ class RunConfig(Section):
     """Directory of every artefact of the run; on a cluster a shared file system."""
     seed: int = 0
     """Seed of every random choice."""
+    before: dict[str, Any] | None = None
+    """Settings of a run that comes first, in place of this recipe's, such as continual pre-training on plain text:
+    `{corpus: {paths: [books.jsonl]}, train: {epochs: 1}}`. Its exported model is where this recipe starts; each has its
+    own schedule. `corpus` and `mixture` are taken whole, of other sections what is named. Run directory: `before/`."""
     model: ModelConfig = ModelConfig()
     construct: ConstructConfig = ConstructConfig()
     corpus: CorpusConfig = CorpusConfig()
@@ -348,6 +352,11 @@ class RunConfig(Section):
     serve: ServeConfig = ServeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     ray: RayConfig = RayConfig()
+
+    @property
+    def first(self) -> RunConfig | None:
+        """The recipe of the run that comes before this one."""
+        return None if self.before is None else RunConfig.model_validate(tree_of_first(self.model_dump(mode="json")))
 
     @property
     def balance(self) -> str:
@@ -364,3 +373,20 @@ class RunConfig(Section):
                 f"raise packing.capacity or set data.max_length <= {self.packing.capacity}"
             )
         return self
+
+
+def tree_of_first(tree: dict[str, Any]) -> dict[str, Any]:
+    """The settings that `before` describes, of a recipe as a tree of sections."""
+
+    def merged(whole: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+        both = {
+            key: merged(whole[key], value) if isinstance(whole.get(key), dict) and isinstance(value, dict) else value
+            for key, value in part.items()
+        }
+        return whole | both
+
+    rest = {key: value for key, value in tree.items() if key != "before"}
+    before = tree["before"]
+    replaced = {key: {} for key in ("corpus", "mixture") if key in before}
+    place = {"run_dir": f"{tree['run_dir']}/before"} if "run_dir" in tree else {}
+    return merged(rest | replaced, before) | place

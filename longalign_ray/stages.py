@@ -30,7 +30,11 @@ PACKAGES = ("longalign_ray", "ray", "torch", "transformers", "deepspeed", "pyarr
 
 def open_run(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, RunDir]:
     """Loads the recipe, makes its run directory and saves the resolved config there."""
-    config = load_config(recipe, overrides)
+    return open_run_of(load_config(recipe, overrides))
+
+
+def open_run_of(config: RunConfig) -> tuple[RunConfig, RunDir]:
+    """The same for a recipe that is loaded."""
     run_dir = RunDir(Path(config.run_dir))
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not run_dir.root.is_absolute():
         raise ConfigError(
@@ -104,7 +108,7 @@ def prepare(config: RunConfig, run_dir: RunDir) -> Manifest:
 
     def work() -> Manifest:
         connect_ray(config)
-        made = build(config, run_dir, model_dir=local_model_dir(config.model.path), corpus=corpus)
+        made = build(config, run_dir, model_dir=starting_model(config, run_dir), corpus=corpus)
         outputs = [run_dir.store, run_dir.plan, run_dir.packed]
         inputs = [path for source in corpus.values() for path in source.paths]
         return _manifest(config, run_dir, "prepare", inputs, outputs, made.counts, made.dropped_by_reason)
@@ -123,7 +127,7 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
     _need(run_dir.plan, "prepare")
 
     def work() -> Manifest:
-        model_dir = local_model_dir(config.model.path)
+        model_dir = starting_model(config, run_dir)
         _check_disk(config, run_dir, model_dir)
         plan, ranks = StepPlan.load(run_dir.plan), config.train.num_workers
         if (plan.world_size, plan.balance) != (ranks, config.balance):
@@ -158,7 +162,7 @@ def export(config: RunConfig, run_dir: RunDir) -> Manifest:
 
     def work() -> Manifest:
         checkpoint = newest_checkpoint(run_dir.checkpoints)
-        base = local_model_dir(config.model.path)
+        base = starting_model(config, run_dir)
         dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
         num_parameters = export_model(checkpoint, base, run_dir.model, dtype=dtype)
         counts = {"parameters": num_parameters}
@@ -233,11 +237,34 @@ def report(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
 
 def run(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
     """Every stage in order; returns the summary of the report."""
+    if (first := config.first) is not None:
+        _, first_dir = open_run_of(first)
+        logger.info("before: %s", first_dir.root)
+        _make_model(first, first_dir)
+    _make_model(config, run_dir)
+    evaluate(config, run_dir)
+    return report(config, run_dir)
+
+
+def _make_model(config: RunConfig, run_dir: RunDir) -> None:
     if not config.corpus.named:
         construct(config, run_dir)
-    for stage in (prepare, train, export, evaluate):
+    for stage in (prepare, train, export):
         stage(config, run_dir)
-    return report(config, run_dir)
+
+
+def starting_model(config: RunConfig, run_dir: RunDir) -> Path:
+    """Directory of the model that training starts from: the recipe's, or what the run before it has exported."""
+    if config.before is None:
+        return local_model_dir(config.model.path)
+    model = first_run_dir(run_dir).model
+    _need(model / "config.json", "run")
+    return model
+
+
+def first_run_dir(run_dir: RunDir) -> RunDir:
+    """Where the run that comes before the one of `run_dir` has its artefacts."""
+    return RunDir(run_dir.root / "before")
 
 
 def corpus_sources(config: RunConfig, run_dir: RunDir) -> dict[str, SourceConfig]:
@@ -270,8 +297,11 @@ def stage_digest(config: RunConfig, run_dir: RunDir, stage: str) -> str:
     upstream = {"prepare": "construct", "train": "prepare", "export": "train", "evaluate": "export"}.get(stage)
     if stage == "prepare" and config.corpus.named:
         upstream = None
-    manifest = Manifest.load(run_dir.manifest(upstream)) if upstream else None
-    return digest(stage, config.seed, sections[stage], manifest.config_digest if manifest else None)
+    above = [run_dir.manifest(upstream)] if upstream else []
+    if stage == "prepare" and config.before is not None:
+        above.append(first_run_dir(run_dir).manifest("export"))
+    manifests = [Manifest.load(path) for path in above]
+    return digest(stage, config.seed, sections[stage], [made.config_digest if made else None for made in manifests])
 
 
 def is_done(config: RunConfig, run_dir: RunDir, stage: str) -> Manifest | None:
@@ -286,6 +316,9 @@ def stage_states(config: RunConfig, run_dir: RunDir) -> list[tuple[str, str]]:
     """What `run` would do: each stage with `done`, `to do`, or why it is left out."""
     states = []
     stale = False
+    if (first := config.first) is not None:
+        states = [(f"before: {name}", state) for name, state in stage_states(first, first_run_dir(run_dir))[:4]]
+        stale = any(state == "to do" for _, state in states)
     for stage in STAGES[:-1]:
         if stage == "construct" and config.corpus.named:
             states.append((stage, f"not needed: corpus.{'paths' if config.corpus.paths else 'sources'} is given"))

@@ -108,6 +108,45 @@ def test_a_rule_across_fields_is_reported_once_and_not_about_a_wrong_field(tmp_p
     assert only.startswith("data.max_length = 'long': input should be a valid integer")
 
 
+TWO_STAGES = """\
+run_dir: a
+corpus: {paths: [chats.jsonl], max_bad_fraction: 0.5}
+data: {max_length: 512, heldout_fraction: 0.5}
+packing: {capacity: 512}
+train: {epochs: 3, learning_rate: 0.001}
+before:
+  corpus: {paths: [books.jsonl]}
+  data: {max_length: 1024}
+  packing: {capacity: 1024}
+  train: {epochs: 1}
+"""
+
+
+def test_the_run_before_has_the_recipe_s_settings_but_for_those_named(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, TWO_STAGES), ["before.train.loss=token", "seed=3"])
+    first = config.first
+    assert first is not None
+    assert (first.run_dir, first.seed, first.before) == ("a/before", 3, None)
+    assert (first.data.max_length, first.data.heldout_fraction) == (1024, 0.5)
+    assert (first.train.epochs, first.train.learning_rate, first.train.loss) == (1, 0.001, "token")
+    assert first.corpus == RunConfig(run_dir="x", corpus={"paths": ["books.jsonl"]}).corpus  # pyright: ignore
+    assert (config.train.epochs, config.train.loss, config.data.max_length) == (3, "sequence", 512)
+    assert first.first is None
+    (tmp_path / "again.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_mistakes_in_the_run_before_are_told_once_with_their_place(tmp_path: Path) -> None:
+    recipe = write(tmp_path, TWO_STAGES.replace("capacity: 1024", "capacity: 600").replace("epochs: 1}", "epoch: 1}"))
+    assert problems(recipe, "train.zero_stage=9") == [
+        "train.zero_stage = 9: input should be 0, 1, 2 or 3 (override train.zero_stage=9)",
+        "before.train.epoch is not a known key: did you mean 'epochs'? (recipe.yaml, line 10)",
+        "before.packing.capacity = 600 is below data.max_length = 1024: raise packing.capacity or set data.max_length "
+        "<= 600 (recipe.yaml, line 9)",
+    ]
+    assert problems(recipe, "before=4") == ["before = 4: input should be a valid dictionary (override before=4)"]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
