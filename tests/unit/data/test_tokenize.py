@@ -333,3 +333,16 @@ def test_real_tool_calls_are_targets(tokenizer: Tokenizer, shared_data: Path, te
                 assert made["function"]["name"] in text
                 assert json.dumps(made["function"]["arguments"], ensure_ascii=False) in text
     assert num_calls > 90
+
+
+def test_many_waits_for_few_characters(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longalign_ray.data.tokenize.BATCH_CHARS", 1_000)
+    seen: list[int] = []
+
+    def given():
+        for number in range(100):
+            seen.append(number)
+            yield number, talk("q" * 300, "answer")
+
+    next(ConversationTokenizer(tokenizer, DataConfig()).many(given()))
+    assert 1 < len(seen) < 5
