@@ -1,15 +1,21 @@
-"""Run by test_deepspeed.py as each rank of a gloo world: the gradient of one optimizer step, one case after another.
+"""Run by test_deepspeed.py: forks gloo worlds, in which the gradient of one optimizer step is taken case after case.
 
-Takes a JSON list of cases; prints one of errors against one sequence at a time in fp64 by plain transformers.
+Arguments: cases by world size, as JSON, and a directory; writes WORLD_SIZE.json there, a list of the errors against one
+sequence at a time in fp64 by plain transformers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import socket
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +27,7 @@ from longalign_ray.config import TrainConfig
 from longalign_ray.data.store import Example, Pack
 from longalign_ray.train import attention
 from longalign_ray.train.batch import PackedBatch, dummy_pack, to_batch
-from longalign_ray.train.engine import TrainEngine, all_reduce_sum
+from longalign_ray.train.engine import TrainEngine, all_reduce_sum, quiet_deepspeed
 from longalign_ray.train.loss import LossKind, backward_scale
 from longalign_ray.train.model import PackedLM, prepare_model, verify_isolation
 from longalign_ray.train.sequence_parallel import join_groups
@@ -160,10 +166,35 @@ def step_error(case: Case) -> dict[str, float]:
     }
 
 
+def run_rank(rank: int, world_size: int, port: int, cases: list[Case], results: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    errors = [step_error(case) for case in cases]
+    if rank == 0:
+        results.write_text(json.dumps(errors), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def run_world(world_size: int, cases: list[Case], results: Path) -> None:
+    """Forks the ranks, which so share this process's imports."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run_rank, args=(r, world_size, port, cases, results)) for r in range(world_size)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    if any(rank.exitcode for rank in ranks):
+        raise SystemExit(1)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    errors = [step_error(Case(**case)) for case in json.loads(sys.argv[1])]
-    if dist.get_rank() == 0:
-        print(json.dumps(errors))
-    dist.destroy_process_group()
+    quiet_deepspeed()
+    import deepspeed  # noqa: F401
+
+    for number, cases in json.loads(sys.argv[1]).items():
+        run_world(int(number), [Case(**case) for case in cases], Path(sys.argv[2]) / f"{number}.json")
