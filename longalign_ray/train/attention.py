@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from longalign_ray.errors import ModelError
+from longalign_ray.train.ring_attention import ring_attention
 from longalign_ray.train.sequence_parallel import ALONE, SequenceGroup, attend
 
 NAME = "longalign_varlen"
@@ -68,8 +69,9 @@ def varlen_attention(
             f"{type(module).__name__} asks for {', '.join(unsupported) or 'attention dropout'}, which "
             "variable-length attention does not offer here; choose a model without it"
         )
+    in_ring = sequence_group.ring_degree > 1
     kernel = partial(
-        _select_kernel(query_1HtD.device),
+        partial(ring_attention, group=sequence_group) if in_ring else _select_kernel(query_1HtD.device),
         cu_seqlens=cu_seq_lens_q,
         boundaries=boundaries,
         max_seqlen=max_length_q,

@@ -44,7 +44,7 @@ def to_batch(
 
     Labels and weights are those of the whole pack: a part's last token predicts the next part's first.
     """
-    pack = _padded(pack, sequence_group.degree)
+    pack = _padded(pack, sequence_group.multiple)
     own = sequence_group.own_tokens(len(pack.input_ids))
     labels_T = shift_labels(pack.input_ids, pack.loss_weight, pack.cu_seqlens)
     weights_T = target_weights(pack.loss_weight, pack.cu_seqlens, loss)

@@ -85,10 +85,15 @@ def build(family: str, dtype: torch.dtype, *, packed: bool) -> Any:
         "num_key_value_heads": 2,
         "pad_token_id": 0,
     }
+    three_heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 24}
+    two_heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     configs = {
         "llama": lambda: LlamaConfig(**shape),
+        "llama-3-heads": lambda: LlamaConfig(**{**shape, **three_heads}),
         "qwen3": lambda: Qwen3Config(**{**shape, "num_key_value_heads": 1}, head_dim=16),
         "mistral": lambda: MistralConfig(**shape, sliding_window=5),
+        "mistral-2-heads": lambda: MistralConfig(**{**shape, **two_heads}, sliding_window=17),
+        "mistral-3-heads": lambda: MistralConfig(**{**shape, **three_heads}, sliding_window=5),
         "glm4": lambda: Glm4Config(**shape, head_dim=8),
     }
     torch.manual_seed(0)
@@ -114,7 +119,10 @@ class AveragedEngine:
     """What TrainEngine does with the gradient, by autograd and an all-reduce: in any precision."""
 
     def __init__(self, model: PackedLM, sp_degree: int):
-        self.module, self.sequence_group = model, join_groups(sp_degree)
+        self.module, self.sequence_group = (
+            model,
+            join_groups(sp_degree, num_heads=model.model.config.num_attention_heads),
+        )
 
     def forward_backward(self, batch: PackedBatch, *, step_total: float, last: bool) -> torch.Tensor:
         weighted_sum = self.module(batch)

@@ -29,13 +29,22 @@ GRID = [
 DOUBLE = [
     Case(zero_stage=None, sp_degree=degree, family=family, dtype="float64") for degree in (1, 2) for family in FAMILIES
 ]
+# Heads that the degree does not divide: a ring of 2, on 4 ranks beside an all-to-all of 2.
+RING = [
+    Case(zero_stage=3, sp_degree=2, family="llama-3-heads", micro_steps=3),
+    Case(zero_stage=None, sp_degree=2, family="llama-3-heads", dtype="float64"),
+    Case(zero_stage=None, sp_degree=2, family="mistral-3-heads", dtype="float64", micro_steps=1, loss="token"),
+]
 FOUR_RANKS = [
     Case(zero_stage=3, sp_degree=2, micro_steps=3),
     Case(zero_stage=2, sp_degree=2, micro_steps=1, family="mistral", loss="token"),
     Case(zero_stage=1, sp_degree=4, micro_steps=3, family="qwen3"),
     Case(zero_stage=None, sp_degree=4, family="llama", dtype="float64"),
+    Case(zero_stage=2, sp_degree=4, family="mistral-2-heads", micro_steps=3),
+    Case(zero_stage=None, sp_degree=4, family="mistral-2-heads", dtype="float64", micro_steps=1),
+    Case(zero_stage=None, sp_degree=4, family="llama-3-heads", dtype="float64"),
 ]
-CASES = {2: GRID + DOUBLE, 4: FOUR_RANKS}
+CASES = {2: GRID + DOUBLE + RING, 4: FOUR_RANKS}
 
 
 def run_worlds(cases: dict[int, list[Case]], directory: Path) -> dict[tuple[int, Case], dict[str, float]]:
