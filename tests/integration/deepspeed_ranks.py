@@ -1,7 +1,7 @@
 """Run by test_deepspeed.py: forks gloo worlds, in which the gradient of one optimizer step is taken case after case.
 
-Arguments: cases by world size, as JSON, and a directory; writes WORLD_SIZE.json there, a list of the errors against one
-sequence at a time in fp64 by plain transformers.
+Arguments: cases by world size, as JSON, and a directory; writes WORLD_SIZE.json there: the errors against one sequence
+at a time in fp64 by plain transformers, and whether the probe for leaks between sequences sees one.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import multiprocessing
 import os
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from torch import distributed as dist
 
 from longalign_ray.config import TrainConfig
 from longalign_ray.data.store import Example, Pack
+from longalign_ray.errors import ModelError
 from longalign_ray.train import attention
 from longalign_ray.train.batch import PackedBatch, dummy_pack, to_batch
 from longalign_ray.train.engine import TrainEngine, all_reduce_sum, quiet_deepspeed
@@ -174,13 +177,30 @@ def step_error(case: Case) -> dict[str, float]:
     }
 
 
+def leaks_found() -> int:
+    """Ranks on which verify_isolation complains of a kernel that takes a whole pack for one sequence."""
+
+    whole = attention.sdpa_loop
+
+    def leaky(*tensors: torch.Tensor, boundaries: tuple[int, ...], **spec: Any) -> torch.Tensor:
+        return whole(*tensors, boundaries=(0, boundaries[-1]), **spec)
+
+    model = prepare_model(build("llama", torch.float32, packed=True), gradient_checkpointing=False, head_chunk=4)
+    group = join_groups(dist.get_world_size(), num_heads=4)
+    found = torch.zeros(())
+    with patch.object(attention, "sdpa_loop", leaky), suppress(ModelError):
+        verify_isolation(model, vocab_size=64, device="cpu", sequence_group=group)
+        found -= 1
+    return int(all_reduce_sum(found + 1))
+
+
 def run_rank(rank: int, world_size: int, port: int, cases: list[Case], results: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    errors = [step_error(case) for case in cases]
+    errors, leaks = [step_error(case) for case in cases], leaks_found()
     if rank == 0:
-        results.write_text(json.dumps(errors), encoding="utf-8")
+        results.write_text(json.dumps({"errors": errors, "leaks_found": leaks}), encoding="utf-8")
     dist.destroy_process_group()
 
 
