@@ -208,7 +208,7 @@ class PackingConfig(Section):
     group_size: PositiveInt = 8
     """Examples of like length that `sorted` keeps together: one a rank."""
     capacity: PositiveInt = 4_096
-    """Tokens in a pack at most."""
+    """Tokens that a rank holds in a micro-step at most; a pack has this many for each of `train.sp_degree` ranks."""
     packs_per_step: PositiveInt = 8
     """Packs of one optimizer step over all ranks and micro-steps; independent of the number of ranks."""
     steps_per_file: PositiveInt | None = None
@@ -220,6 +220,9 @@ class TrainConfig(Section):
 
     num_workers: PositiveInt = 2
     """Training ranks, one device each."""
+    sp_degree: PositiveInt = 1
+    """Ranks that share a pack by sequence parallelism. Each holds up to packing.capacity tokens of it, so an example
+    may have sp_degree * capacity. Divides num_workers; best a divisor of the model's attention heads as well."""
     cpus_per_worker: PositiveInt = 1
     """Logical CPUs of a rank; on a CPU-only machine also its number of threads."""
     use_gpu: bool = False
@@ -256,6 +259,17 @@ class TrainConfig(Section):
     """Newest checkpoints kept."""
     max_failures: Count = 2
     """Times a lost worker group is restarted from its last checkpoint."""
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> TrainConfig:
+        ranks, degree = self.num_workers, self.sp_degree
+        if ranks % degree:
+            divisors = ", ".join(str(d) for d in range(1, ranks + 1) if ranks % d == 0)
+            raise ValueError(
+                f"train.sp_degree = {degree} does not divide train.num_workers = {ranks}: set train.sp_degree to one "
+                f"of {divisors}, or train.num_workers to a multiple of {degree}"
+            )
+        return self
 
 
 class ServeConfig(Section):
@@ -367,10 +381,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _capacity_holds_longest(self) -> RunConfig:
-        if self.packing.capacity < self.data.max_length:
+        degree, room = self.train.sp_degree, self.packing.capacity * self.train.sp_degree
+        if room < self.data.max_length:
+            of_group = f" on each of train.sp_degree = {degree} ranks" if degree > 1 else ""
             raise ValueError(
-                f"packing.capacity = {self.packing.capacity} is below data.max_length = {self.data.max_length}: "
-                f"raise packing.capacity or set data.max_length <= {self.packing.capacity}"
+                f"packing.capacity = {self.packing.capacity}{of_group} is below data.max_length = "
+                f"{self.data.max_length}: raise packing.capacity or set data.max_length <= {room}"
             )
         return self
 

@@ -48,7 +48,7 @@ def _from_lengths(arguments: argparse.Namespace) -> str:
             capacity=arguments.capacity,
             packs_per_step=world_size,
             world_size=world_size,
-            group_size=max(world_size // max(arguments.sp, 1), 1),
+            group_size=max(world_size // max(arguments.sp or 1, 1), 1),
         ),
         arguments,
     )

@@ -118,23 +118,27 @@ def prepare(config: RunConfig, run_dir: RunDir) -> Manifest:
 
 def train(config: RunConfig, run_dir: RunDir) -> Manifest:
     """Trains from the packed blocks; an interrupted run continues from its newest checkpoint."""
-    from longalign_ray.data.pipeline import plan_for, plan_settings
+    from longalign_ray.data.pipeline import model_shape, plan_for, plan_settings
     from longalign_ray.data.plan import StepPlan
     from longalign_ray.data.store import ExampleIndex
     from longalign_ray.logs import read_metrics
     from longalign_ray.train import ray_train
+    from longalign_ray.train.sequence_parallel import check_positions
 
     _need(run_dir.plan, "prepare")
 
     def work() -> Manifest:
         model_dir = starting_model(config, run_dir)
+        check_positions(model_shape(model_dir), config.train.sp_degree)
         _check_disk(config, run_dir, model_dir)
         plan, ranks = StepPlan.load(run_dir.plan), config.train.num_workers
-        if (plan.world_size, plan.balance) != (ranks, config.balance):
+        if (plan.world_size, plan.sp_degree, plan.balance) != (ranks, config.train.sp_degree, config.balance):
             index = ExampleIndex.load(run_dir.store / "index.parquet")
             settings = plan_settings(config, world_size=ranks, strategy=plan.strategy)
-            plan_for(config, index, model_dir, settings).save(run_dir.plan)
-            logger.info("train: planned anew for %d ranks; the steps stay the same", ranks)
+            anew = plan_for(config, index, model_dir, settings)
+            anew.save(run_dir.plan)
+            steps = "stay the same" if anew.digest == plan.digest else "change"
+            logger.info("train: planned anew for %d ranks, %d a pack; the steps %s", ranks, anew.sp_degree, steps)
         mark = run_dir.root / "train" / "config_digest"
         current = stage_digest(config, run_dir, "train")
         if not mark.exists() or mark.read_text(encoding="utf-8") != current:

@@ -101,6 +101,7 @@ def plan_settings(config: RunConfig, *, world_size: int, strategy: str | None = 
         capacity=config.packing.capacity,
         packs_per_step=config.packing.packs_per_step,
         world_size=world_size,
+        sp_degree=config.train.sp_degree,
         fill=config.packing.fill,
         group_size=config.packing.group_size,
         seed=config.seed,

@@ -2,7 +2,8 @@
 
 The kernel is flash-attn where it is installed, else torch's varlen kernel on a GPU, else a loop of SDPA over sequences.
 No mask function is registered under the name, so transformers makes no T x T mask. Suffixes: H query heads, K key/value
-heads, T tokens of the pack, D head width.
+heads, T tokens of the pack, D head width. Under sequence parallelism a layer has t < T of the tokens; the kernels see
+all T for a share of the heads.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from longalign_ray.errors import ModelError
+from longalign_ray.train.ring_attention import ring_attention
+from longalign_ray.train.sequence_parallel import ALONE, SequenceGroup, attend
 
 NAME = "longalign_varlen"
 QUERY_CHUNK = 1_024  # queries that share a mask where a sliding window is shorter than the sequence
@@ -35,9 +38,9 @@ def register() -> str:
 
 def varlen_attention(
     module: nn.Module,
-    query_1HTD: torch.Tensor,
-    key_1KTD: torch.Tensor,
-    value_1KTD: torch.Tensor,
+    query_1HtD: torch.Tensor,
+    key_1KtD: torch.Tensor,
+    value_1KtD: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
     scaling: float | None = None,
@@ -46,10 +49,12 @@ def varlen_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     boundaries: tuple[int, ...] | None = None,
+    sequence_group: SequenceGroup = ALONE,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Output [1, T, H, D] in which token t sees the tokens before it in its own sequence only.
+    """Output [1, t, H, D] in which a token sees the tokens before it in its own sequence only.
 
+    Boundaries are those of the whole pack, of which `sequence_group` holds t tokens on each rank.
     Raises ModelError where the boundaries did not reach this layer, or where the model asks for something that the
     kernels do not compute (attention dropout, softcap, sinks): better than a contaminated or different result.
     """
@@ -64,18 +69,16 @@ def varlen_attention(
             f"{type(module).__name__} asks for {', '.join(unsupported) or 'attention dropout'}, which "
             "variable-length attention does not offer here; choose a model without it"
         )
-    kernel = _select_kernel(query_1HTD.device)
-    out_THD = kernel(
-        query_1HTD[0],
-        key_1KTD[0],
-        value_1KTD[0],
+    in_ring = sequence_group.ring_degree > 1
+    kernel = partial(
+        partial(ring_attention, group=sequence_group) if in_ring else _select_kernel(query_1HtD.device),
         cu_seqlens=cu_seq_lens_q,
         boundaries=boundaries,
         max_seqlen=max_length_q,
-        scaling=scaling if scaling is not None else query_1HTD.shape[-1] ** -0.5,
+        scaling=scaling if scaling is not None else query_1HtD.shape[-1] ** -0.5,
         sliding_window=sliding_window,
     )
-    return out_THD[None], None
+    return attend(kernel, query_1HtD[0], key_1KtD[0], value_1KtD[0], sequence_group)[None], None
 
 
 def _select_kernel(device: torch.device) -> Kernel:

@@ -15,6 +15,7 @@ from longalign_ray.errors import CheckpointError
 from longalign_ray.train.batch import PackedBatch
 from longalign_ray.train.loss import backward_scale
 from longalign_ray.train.model import PackedLM
+from longalign_ray.train.sequence_parallel import check_positions, join_groups
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +54,17 @@ def quiet_deepspeed() -> None:
 
 
 class TrainEngine:
-    """One rank of a data-parallel world under DeepSpeed. Needs an initialised process group."""
+    """One rank of a data-parallel world under DeepSpeed. Needs an initialised process group.
+
+    Ranks that share packs are data-parallel ranks to DeepSpeed, with a part of the loss each.
+    """
 
     def __init__(self, model: PackedLM, config: TrainConfig, *, dtype: str, micro_steps: int):
         quiet_deepspeed()
         import deepspeed
 
+        check_positions(model.model.config, config.sp_degree)
+        self.sequence_group = join_groups(config.sp_degree, num_heads=model.model.config.num_attention_heads)
         if not torch.cuda.is_available():
             # The shared-memory collectives would be compiled at the first run; gloo needs no compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

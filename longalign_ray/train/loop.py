@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import distributed as dist
 
 from longalign_ray.config import TrainConfig
 from longalign_ray.data.packed import PackReader
@@ -52,7 +51,7 @@ def train_loop(
     Raises LongAlignError, on every rank, where the loss is no longer a number.
     """
     plan = packs.plan
-    rank, (num_steps, micro_steps, _) = dist.get_rank(), plan.shape
+    group, (num_steps, micro_steps, _) = engine.sequence_group, plan.shape
     imbalance = plan.step_imbalance()
     num_tokens = plan.slot_tokens().sum(axis=(1, 2))
     for step in range(first_step, num_steps):
@@ -60,8 +59,8 @@ def train_loop(
         step_total = float((plan.num_sequences if config.loss == "sequence" else plan.sum_weights)[step])
         loss = torch.zeros((), device=engine.device)
         for micro_step in range(micro_steps):
-            pack = packs.pack(step, micro_step, rank) or dummy_pack()
-            batch = to_batch(pack, loss=config.loss, device=engine.device)
+            pack = packs.pack(step, micro_step, group.number) or dummy_pack()
+            batch = to_batch(pack, loss=config.loss, device=engine.device, sequence_group=group)
             loss += engine.forward_backward(batch, step_total=step_total, last=micro_step == micro_steps - 1)
         step_loss = all_reduce_sum(loss).item()
         if not math.isfinite(step_loss):
@@ -102,9 +101,10 @@ def _max_memory_bytes() -> int:
 
 
 def _describe_bad_step(step: int, loss: float, packs: PackReader) -> str:
-    _, micro_steps, groups = packs.plan.shape
+    (_, micro_steps, groups), degree = packs.plan.shape, packs.plan.sp_degree
+    of_group = [f"rank {g}" if degree == 1 else f"ranks {g * degree}-{(g + 1) * degree - 1}" for g in range(groups)]
     examples = [
-        f"rank {group}, micro-step {micro_step}: {', '.join(pack.example_ids)}"
+        f"{of_group[group]}, micro-step {micro_step}: {', '.join(pack.example_ids)}"
         for micro_step in range(micro_steps)
         for group in range(groups)
         if (pack := packs.pack(step, micro_step, group)) is not None

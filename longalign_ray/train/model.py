@@ -1,6 +1,6 @@
 """The model under training: a Hugging Face decoder whose forward pass returns the weighted loss of a pack.
 
-Suffixes: T tokens of the pack, N target positions, D hidden width.
+Suffixes: t tokens of the rank's part of the pack, N target positions, D hidden width.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from longalign_ray.errors import ModelError
 from longalign_ray.precision import DTYPES
 from longalign_ray.train import attention
 from longalign_ray.train.batch import PackedBatch
+from longalign_ray.train.sequence_parallel import ALONE, SequenceGroup
 
 LOGIT_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # applied after lm_head by some families
 
@@ -54,21 +55,22 @@ class PackedLM(nn.Module):
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """0-d tensor; the whole forward pass runs in here, so that ZeRO-3 gathers what it needs."""
-        hidden_TD = self.hidden_states(batch)
-        losses_N = self.model.lm_head(hidden_TD[batch.target_positions_N], batch.labels_N)
+        hidden_tD = self.hidden_states(batch)
+        losses_N = self.model.lm_head(hidden_tD[batch.target_positions_N], batch.labels_N)
         return (losses_N * batch.weights_N.to(losses_N.dtype)).sum()
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
-        """[T, D] of the last layer after its norm."""
+        """[t, D] of the last layer after its norm."""
         out = self.model.base_model(
-            input_ids=batch.input_ids_T[None],
-            position_ids=batch.position_ids_T[None],
+            input_ids=batch.input_ids_t[None],
+            position_ids=batch.position_ids_t[None],
             use_cache=False,  # a cache would turn transformers' own packed detection off and mix the sequences
             cu_seq_lens_q=batch.cu_seqlens,
             cu_seq_lens_k=batch.cu_seqlens,
             max_length_q=batch.max_seqlen,
             max_length_k=batch.max_seqlen,
             boundaries=batch.boundaries,
+            sequence_group=batch.sequence_group,
         )
         return out.last_hidden_state[0]
 
@@ -116,21 +118,28 @@ def prepare_model(model: Any, *, gradient_checkpointing: bool, head_chunk: int) 
 
 
 @torch.no_grad()
-def verify_isolation(model: PackedLM, *, vocab_size: int, device: torch.device | str) -> None:
+def verify_isolation(
+    model: PackedLM, *, vocab_size: int, device: torch.device | str, sequence_group: SequenceGroup = ALONE
+) -> None:
     """Two short sequences, the first one changed: the second one's hidden states must not move by a bit.
 
-    Every rank calls it, as under ZeRO-3 a forward pass is collective. Raises ModelError where one sees the other.
+    The second begins inside the first rank's part and goes on in those of the others. Every rank calls it, as a forward
+    pass is collective. Raises ModelError, on the ranks that find it, where one sequence sees the other.
     """
     import numpy as np
 
     from longalign_ray.data.store import Pack
     from longalign_ray.train.batch import to_batch
 
+    num_tokens = 16 * sequence_group.degree
+    own = np.arange(num_tokens)[sequence_group.own_tokens(num_tokens)]
+
     def second_sequence(first_token: int) -> torch.Tensor:
-        ids = np.arange(16, dtype=np.int32) % vocab_size
+        ids = np.arange(num_tokens, dtype=np.int32) % vocab_size
         ids[:8] = first_token
-        pack = Pack(ids, np.ones(16, np.bool_), np.array([0, 8, 16], np.int32), ("first", "second"))
-        return model.hidden_states(to_batch(pack, loss="sequence", device=device))[8:]
+        pack = Pack(ids, np.ones(num_tokens, np.uint8), np.array([0, 8, num_tokens], np.int32), ("first", "second"))
+        batch = to_batch(pack, loss="sequence", device=device, sequence_group=sequence_group)
+        return model.hidden_states(batch)[torch.from_numpy(own >= 8)]
 
     if not torch.equal(second_sequence(1), second_sequence(2)):
         raise ModelError(

@@ -105,7 +105,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     )
     vocab_size = int(model.model.config.vocab_size)
     engine = TrainEngine(model, config, dtype=dtype, micro_steps=plan.shape[1])
-    verify_isolation(engine.module, vocab_size=vocab_size, device=engine.device)
+    verify_isolation(engine.module, vocab_size=vocab_size, device=engine.device, sequence_group=engine.sequence_group)
 
     first_step = tokens_seen = 0
     identity = {"plan_digest": plan.digest, "world_size": world_size, "zero_stage": config.zero_stage}

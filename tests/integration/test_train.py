@@ -13,6 +13,7 @@ import pytest
 
 from longalign_ray import stages
 from longalign_ray.config import RunConfig
+from longalign_ray.data.plan import StepPlan
 from longalign_ray.errors import LongAlignError
 from longalign_ray.logs import read_metrics
 from longalign_ray.run_dir import RunDir
@@ -112,16 +113,25 @@ def test_killed_and_restarted_by_ray_train(
     assert losses(run_dir) == losses(undisturbed[1])
 
 
-def test_another_number_of_ranks_takes_the_same_steps(
-    undisturbed: tuple[RunConfig, RunDir], tiny_model_dir: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("changes", "tolerance"), [({"num_workers": 1}, 1e-4), ({"sp_degree": 2}, 1e-5)], ids=["one rank", "shared packs"]
+)
+def test_other_ranks_take_the_same_steps(
+    undisturbed: tuple[RunConfig, RunDir],
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    changes: dict[str, int],
+    tolerance: float,
 ) -> None:
-    """One rank with four micro-steps: the same losses up to the order of fp32 sums."""
+    """One rank with four micro-steps, or two that share packs: the same losses up to the order of fp32 sums."""
     config, run_dir = prepared(tmp_path, tiny_model_dir)
-    config = config.model_copy(update={"train": config.train.model_copy(update={"num_workers": 1})})
+    config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
     stages.train(config, run_dir)
-    one, two = losses(run_dir), losses(undisturbed[1])
-    assert [step for step, *_ in one] == [step for step, *_ in two]
-    assert [loss for _, loss, _ in one] == pytest.approx([loss for _, loss, _ in two], rel=1e-4)
+    found, wanted = losses(run_dir), losses(undisturbed[1])
+    assert [step for step, *_ in found] == [step for step, *_ in wanted]
+    assert [loss for _, loss, _ in found] == pytest.approx([loss for _, loss, _ in wanted], rel=tolerance)
+    plan = StepPlan.load(run_dir.plan)
+    assert (plan.world_size, plan.sp_degree) == (config.train.num_workers, config.train.sp_degree)
 
 
 def test_a_worker_error_is_the_message(tiny_model_dir: Path, tmp_path: Path) -> None:

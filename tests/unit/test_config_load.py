@@ -101,6 +101,21 @@ construct:
     ]
 
 
+def test_ranks_that_share_packs(tmp_path: Path) -> None:
+    recipe = write(
+        tmp_path, "run_dir: a\ndata: {max_length: 4096}\npacking: {capacity: 1024}\ntrain: {num_workers: 6}\n"
+    )
+    assert problems(recipe, "train.sp_degree=3") == [
+        "packing.capacity = 1024 on each of train.sp_degree = 3 ranks is below data.max_length = 4096: raise "
+        "packing.capacity or set data.max_length <= 3072 (recipe.yaml, line 3)"
+    ]
+    assert problems(recipe, "train.sp_degree=4", "data.max_length=1000") == [
+        "train.sp_degree = 4 does not divide train.num_workers = 6: set train.sp_degree to one of 1, 2, 3, 6, or "
+        "train.num_workers to a multiple of 4 (override train.sp_degree=4)"
+    ]
+    assert load_config(recipe, ["train.sp_degree=6"]).train.sp_degree == 6
+
+
 def test_a_rule_across_fields_is_reported_once_and_not_about_a_wrong_field(tmp_path: Path) -> None:
     recipe = write(tmp_path, "run_dir: a\npacking: {capacity: 1024}\n")
     assert len(problems(recipe)) == 1

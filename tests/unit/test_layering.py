@@ -26,6 +26,8 @@ LAYERS = {
     "train.loss": 4,
     "train.attention": 4,
     "train.schedule": 4,
+    "train.sequence_parallel": 4,
+    "train.ring_attention": 4,
     "train.throughput": 4,
     "evaluate": 4,
     "train": 5,
