@@ -5,6 +5,7 @@ Paths are relative to the directory in which the command runs. Functions below t
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Annotated, Any, Literal
 
@@ -218,8 +219,8 @@ class PackingConfig(Section):
 class TrainConfig(Section):
     """The optimizer run. Defaults are those of the LongAlign paper (section 4.1)."""
 
-    num_workers: PositiveInt = 2
-    """Training ranks, one device each."""
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 2
+    """Training ranks, one device each; `[fewest, most]`: as many as the cluster has room for, at every start."""
     sp_degree: PositiveInt = 1
     """Ranks that share a pack by sequence parallelism. Each holds up to packing.capacity tokens of it, so an example
     may have sp_degree * capacity. Divides num_workers; best a divisor of the model's attention heads as well."""
@@ -257,12 +258,51 @@ class TrainConfig(Section):
     """Optimizer steps between checkpoints; the last step always has one."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints kept."""
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest held-out loss as well, and export that one."""
+    checkpoint_storage: str | None = None
+    """Directory of this run's checkpoints in an object store, s3://bucket/path or gs://bucket/path; none: in run_dir.
+    A store that is not Amazon's or Google's own: see corpus.storage_endpoint."""
     max_failures: Count = 2
     """Times a lost worker group is restarted from its last checkpoint."""
 
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _some_ranks(cls, value: Any) -> Any:
+        pair = value if isinstance(value, list | tuple) else (value, value)
+        whole = all(isinstance(number, int) and not isinstance(number, bool) for number in pair)
+        if len(pair) != 2 or not whole or not 1 <= pair[0] <= pair[1]:
+            raise ValueError(
+                f"train.num_workers = {value!r}: give a whole number of ranks, 1 or more, or two, [fewest, most]"
+            )
+        return value
+
+    @field_validator("checkpoint_storage")
+    @classmethod
+    def _in_a_bucket(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"(s3|gs)://[^/]+/.*[^/].*", value):
+            raise ValueError(
+                f"train.checkpoint_storage = {value!r}: give a directory in a bucket, s3://bucket/path or "
+                "gs://bucket/path; without the setting the checkpoints are in run_dir"
+            )
+        return value
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
     @model_validator(mode="after")
     def _whole_groups(self) -> TrainConfig:
-        ranks, degree = self.num_workers, self.sp_degree
+        ranks, degree = self.max_workers, self.sp_degree
+        if degree > 1 and not isinstance(self.num_workers, int):
+            raise ValueError(
+                f"train.sp_degree = {degree} needs a fixed number of ranks, and train.num_workers = "
+                f"{list(self.num_workers)} lets it change: give one number, a multiple of {degree}"
+            )
         if ranks % degree:
             divisors = ", ".join(str(d) for d in range(1, ranks + 1) if ranks % d == 0)
             raise ValueError(

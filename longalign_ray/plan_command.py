@@ -84,7 +84,7 @@ def _from_recipe(arguments: argparse.Namespace) -> str:
         raise LongAlignError(f"{run_dir.store} does not exist: run `longalign prepare` first, or give --lengths")
     index = ExampleIndex.load(run_dir.store / "index.parquet")
     model_dir = local_model_dir(config.model.path)
-    settings = _changed(plan_settings(config, world_size=config.train.num_workers), arguments)
+    settings = _changed(plan_settings(config, world_size=config.train.max_workers), arguments)
     model_shape(model_dir)  # raises where there is no cost to count by
 
     def scored(settings: PlanSettings) -> tuple[PlanScore, StepPlan]:
@@ -109,7 +109,7 @@ def _from_recipe(arguments: argparse.Namespace) -> str:
         if world_size > max(settings.packs_per_step, settings.world_size):
             continue
         other = plan_for(config, index, model_dir, replace(settings, world_size=world_size))
-        mark = " <- recipe" if world_size == config.train.num_workers else ""
+        mark = " <- recipe" if world_size == config.train.max_workers else ""
         lines.append(
             f"{world_size:>6} {other.num_steps:>6} {other.shape[1]:>12} {other.num_packs:>7} {other.fill():>7.1%} "
             f"{other.imbalance():>13.3f}{mark}"

@@ -19,12 +19,17 @@ from typing import Any
 
 from longalign_ray.config import DEFAULT_SOURCE, RunConfig, SourceConfig
 from longalign_ray.config_load import dump_config, load_config
-from longalign_ray.errors import ConfigError, LongAlignError
+from longalign_ray.errors import CheckpointError, ConfigError, LongAlignError
 from longalign_ray.model_source import local_model_dir
 from longalign_ray.run_dir import STAGES, Manifest, RunDir, digest
 
 logger = logging.getLogger(__name__)
 
+RESUMES_WITH_OTHER = (
+    "num_workers", "cpus_per_worker", "use_gpu", "zero_stage", "offload_optimizer", "gradient_checkpointing",
+    "head_chunk", "checkpoint_every", "keep_checkpoints", "keep_best", "checkpoint_storage", "max_failures",
+)  # fmt: skip
+"""Settings of `train` that an interrupted run may change and still continue: the steps stay the same."""
 PACKAGES = ("longalign_ray", "ray", "torch", "transformers", "deepspeed", "pyarrow")
 
 
@@ -131,7 +136,7 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
         model_dir = starting_model(config, run_dir)
         check_positions(model_shape(model_dir), config.train.sp_degree)
         _check_disk(config, run_dir, model_dir)
-        plan, ranks = StepPlan.load(run_dir.plan), config.train.num_workers
+        plan, ranks = StepPlan.load(run_dir.plan), config.train.max_workers
         if (plan.world_size, plan.sp_degree, plan.balance) != (ranks, config.train.sp_degree, config.balance):
             index = ExampleIndex.load(run_dir.store / "index.parquet")
             settings = plan_settings(config, world_size=ranks, strategy=plan.strategy)
@@ -140,11 +145,11 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
             steps = "stay the same" if anew.digest == plan.digest else "change"
             logger.info("train: planned anew for %d ranks, %d a pack; the steps %s", ranks, anew.sp_degree, steps)
         mark = run_dir.root / "train" / "config_digest"
-        current = stage_digest(config, run_dir, "train")
-        if not mark.exists() or mark.read_text(encoding="utf-8") != current:
-            ray_train.clear_training(run_dir)
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.write_text(current, encoding="utf-8")
+        current = _resume_digest(config, run_dir)
+        if mark.exists() and mark.read_text(encoding="utf-8") != current:
+            ray_train.clear_training(config, run_dir)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(current, encoding="utf-8")
         connect_ray(config)
         checkpoint = ray_train.train(config, run_dir, model_dir=model_dir)
         rows = read_metrics(run_dir.metrics)
@@ -155,22 +160,28 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
             "first_loss": rows[0]["loss"],
             "last_loss": rows[-1]["loss"],
         }
-        return _manifest(config, run_dir, "train", [run_dir.plan], [run_dir.metrics, checkpoint], counts, {})
+        outputs = [run_dir.metrics, *([] if config.train.checkpoint_storage else [Path(checkpoint)])]
+        return _manifest(config, run_dir, "train", [run_dir.plan], outputs, counts, {})
 
     return _stage(config, run_dir, "train", work)
 
 
 def export(config: RunConfig, run_dir: RunDir) -> Manifest:
-    """The newest checkpoint as a Hugging Face directory, `model/` of the run."""
-    from longalign_ray.train.checkpoint import export_model, newest_checkpoint
+    """The newest whole checkpoint, or with `train.keep_best` the best, in Hugging Face layout: `model/` of the run."""
+    from longalign_ray.train.checkpoint import export_model
+    from longalign_ray.train.ray_checkpoints import checkpoint_store
 
     def work() -> Manifest:
-        checkpoint = newest_checkpoint(run_dir.checkpoints)
+        store = checkpoint_store(config, run_dir)
+        stored = store.newest(best=config.train.keep_best)
+        if stored is None:
+            raise CheckpointError(f"no finished checkpoint below {store.path}; run `longalign train` first")
         base = starting_model(config, run_dir)
         dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
-        num_parameters = export_model(checkpoint, base, run_dir.model, dtype=dtype)
-        counts = {"parameters": num_parameters}
-        return _manifest(config, run_dir, "export", [checkpoint], [run_dir.model], counts, {})
+        with store.local_copy(stored.name) as directory:
+            num_parameters = export_model(directory, base, run_dir.model, dtype=dtype)
+        counts = {"parameters": num_parameters, "steps": stored.state.step}
+        return _manifest(config, run_dir, "export", [store.path_of(stored.name)], [run_dir.model], counts, {})
 
     return _stage(config, run_dir, "export", work)
 
@@ -308,6 +319,14 @@ def stage_digest(config: RunConfig, run_dir: RunDir, stage: str) -> str:
     return digest(stage, config.seed, sections[stage], [made.config_digest if made else None for made in manifests])
 
 
+def _resume_digest(config: RunConfig, run_dir: RunDir) -> str:
+    """Digest of what must stay as it was for training to continue: all but where it runs and what it leaves behind."""
+    same = config.train.model_dump(mode="json", exclude=set(RESUMES_WITH_OTHER))
+    return digest(
+        "train", config.seed, same, getattr(Manifest.load(run_dir.manifest("prepare")), "config_digest", None)
+    )
+
+
 def is_done(config: RunConfig, run_dir: RunDir, stage: str) -> Manifest | None:
     """The manifest of a stage that is complete for this configuration, else None."""
     manifest = Manifest.load(run_dir.manifest(stage))
@@ -403,6 +422,8 @@ def _corpus_state(config: RunConfig) -> list[Any]:
 
 def _check_disk(config: RunConfig, run_dir: RunDir, model_dir: Path) -> None:
     """A checkpoint holds fp32 weights, their master copy and two moments: 16 bytes a parameter at most."""
+    if config.train.checkpoint_storage is not None:
+        return
     weights = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
     stored = json.loads((model_dir / "config.json").read_text(encoding="utf-8")).get("dtype")
     needed = 16 * weights // (4 if stored == "float32" else 2) * (config.train.keep_checkpoints + 1)

@@ -22,8 +22,10 @@ logger = logging.getLogger(__name__)
 TAG = "deepspeed"  # sub-directory of a checkpoint that DeepSpeed fills
 
 
-def deepspeed_config(config: TrainConfig, *, dtype: str, micro_steps: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of a recipe."""
+def deepspeed_config(
+    config: TrainConfig, *, dtype: str, micro_steps: int, load_universal: bool = False
+) -> dict[str, Any]:
+    """The DeepSpeed configuration of a recipe; `load_universal`: it will load a converted checkpoint."""
     optimizer = {
         "lr": config.learning_rate,
         "betas": list(config.betas),
@@ -42,6 +44,7 @@ def deepspeed_config(config: TrainConfig, *, dtype: str, micro_steps: int) -> di
         "bf16": {"enabled": dtype == "bfloat16"},
         "optimizer": {"type": "AdamW", "params": optimizer},
         "zero_optimization": zero,
+        "checkpoint": {"load_universal": load_universal},
         "steps_per_print": 10**9,
     }
 
@@ -59,7 +62,9 @@ class TrainEngine:
     Ranks that share packs are data-parallel ranks to DeepSpeed, with a part of the loss each.
     """
 
-    def __init__(self, model: PackedLM, config: TrainConfig, *, dtype: str, micro_steps: int):
+    def __init__(
+        self, model: PackedLM, config: TrainConfig, *, dtype: str, micro_steps: int, load_universal: bool = False
+    ):
         quiet_deepspeed()
         import deepspeed
 
@@ -72,7 +77,7 @@ class TrainEngine:
         self._engine: Any = deepspeed.initialize(
             model=model,
             model_parameters=cast(Any, [p for p in model.parameters() if p.requires_grad]),  # hinted as a Module
-            config=deepspeed_config(config, dtype=dtype, micro_steps=micro_steps),
+            config=deepspeed_config(config, dtype=dtype, micro_steps=micro_steps, load_universal=load_universal),
             dist_init_required=False,
         )[0]
         self.world_size = dist.get_world_size()

@@ -173,12 +173,38 @@ def test_mistakes_in_the_run_before_are_told_once_with_their_place(tmp_path: Pat
         ("corpus.paths=a", "corpus.paths = 'a': give a list, e.g. [a, b] (override corpus.paths=a)"),
         ("serve=4", "serve = 4: give a section, e.g. {key: value} (override serve=4)"),
         ("train={epochs: 0}", "train.epochs = 0: input should be greater than 0 (override train={epochs: 0})"),
+        (
+            "train.num_workers=[4, 2]",
+            "train.num_workers = [4, 2]: give a whole number of ranks, 1 or more, or two, [fewest, most]"
+            " (override train.num_workers=[4, 2])",
+        ),
+        (
+            "train.checkpoint_storage=s3://bucket",
+            "train.checkpoint_storage = 's3://bucket': give a directory in a bucket, s3://bucket/path or"
+            " gs://bucket/path; without the setting the checkpoints are in run_dir"
+            " (override train.checkpoint_storage=s3://bucket)",
+        ),
         ("model.path.x=1", "model.path = {'x': 1}: input should be a valid string (override model.path.x=1)"),
     ],
 )
 def test_bad_override(tmp_path: Path, override: str, message: str) -> None:
     recipe = write(tmp_path, "run_dir: a\ntrain:\n  epochs: 2\nmodel:\n  path: b\n")
     assert problems(recipe, override) == [message]
+
+
+@pytest.mark.parametrize("value", ["0", "[0, 2]", "[1]", "[1, 2, 3]", "two", "true", "1.5", "[2, x]"])
+def test_ranks_are_a_number_or_two(tmp_path: Path, value: str) -> None:
+    [only] = problems(write(tmp_path, "run_dir: a\n"), f"train.num_workers={value}")
+    assert "give a whole number of ranks" in only
+
+
+def test_fewest_and_most_ranks(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "run_dir: a\ntrain: {num_workers: [2, 8]}\n")
+    train = load_config(recipe).train
+    assert (train.min_workers, train.max_workers) == (2, 8)
+    assert RunConfig.model_validate(load_config(recipe).model_dump(mode="json")).train == train
+    fixed = load_config(recipe, ["train.num_workers=3"]).train
+    assert (fixed.min_workers, fixed.max_workers) == (3, 3)
 
 
 @pytest.mark.parametrize(
