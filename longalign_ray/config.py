@@ -244,8 +244,10 @@ class TrainConfig(Section):
     """AdamW weight decay."""
     max_grad_norm: PositiveFloat = 1.0
     """Global gradient norm is clipped to this."""
-    loss: Literal["sequence", "token"] = "sequence"
-    """`sequence`: every sequence counts equally (Eq. 2/4); `token`: every target token of the step does."""
+    loss: Literal["sequence", "token", "pack", "sqrt"] = "sequence"
+    """`sequence`: every sequence counts equally (Eq. 2/4); `token`: every target token of the step does; `sqrt`: every
+    sequence by the root of its targets; `pack`: every pack (Eq. 3, the paper's packing without weighting, to compare
+    with: it favours long answers, and depends on how the examples were packed)."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass."""
     head_chunk: PositiveInt = 1_024

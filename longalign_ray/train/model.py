@@ -8,39 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from longalign_ray.data.store import FULL_WEIGHT, Pack
 from longalign_ray.errors import ModelError
 from longalign_ray.precision import DTYPES
 from longalign_ray.train import attention
-from longalign_ray.train.batch import PackedBatch
-
-LOGIT_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # applied after lm_head by some families
-
-
-class TokenLossHead(nn.Linear):
-    """An LM head that gives the loss of each token, `chunk` positions at a time: full logits never exist.
-
-    It takes the place of `lm_head` under the same parameter name, so that state dicts, tied embeddings and the ZeRO-3
-    gathering of a module's parameters stay as they are.
-    """
-
-    chunk: int
-
-    def forward(self, hidden_ND: torch.Tensor, labels_N: torch.Tensor | None = None) -> torch.Tensor:
-        """float[N]: cross entropy in nats, softmax in fp32 or better. Without labels: plain logits."""
-        if labels_N is None:
-            return super().forward(hidden_ND)
-        chunks = zip(hidden_ND.split(self.chunk), labels_N.split(self.chunk), strict=True)
-        losses = [checkpoint(self._chunk_loss, h, y, use_reentrant=False) for h, y in chunks]
-        return torch.cat(losses)  # pyright: ignore[reportArgumentType]
-
-    def _chunk_loss(self, hidden_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(hidden_ND, self.weight, self.bias)
-        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels_N, reduction="none")
+from longalign_ray.train.batch import PackedBatch, to_batch
+from longalign_ray.train.loss_head import LogitRule, TokenLossHead
 
 
 class PackedLM(nn.Module):
@@ -55,22 +33,25 @@ class PackedLM(nn.Module):
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """0-d tensor; the whole forward pass runs in here, so that ZeRO-3 gathers what it needs."""
         hidden_TD = self.hidden_states(batch)
-        losses_N = self.model.lm_head(hidden_TD[batch.target_positions_N], batch.labels_N)
-        return (losses_N * batch.weights_N.to(losses_N.dtype)).sum()
+        return self.model.lm_head(hidden_TD[batch.target_positions_N], batch.labels_N, batch.weights_N)
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """[T, D] of the last layer after its norm."""
-        out = self.model.base_model(
-            input_ids=batch.input_ids_T[None],
-            position_ids=batch.position_ids_T[None],
-            use_cache=False,  # a cache would turn transformers' own packed detection off and mix the sequences
-            cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=batch.max_seqlen,
-            max_length_k=batch.max_seqlen,
-            boundaries=batch.boundaries,
-        )
-        return out.last_hidden_state[0]
+        return self.model.base_model(**self.inputs(batch)).last_hidden_state[0]
+
+    @staticmethod
+    def inputs(batch: PackedBatch) -> dict[str, Any]:
+        """What the Hugging Face model is called with."""
+        return {
+            "input_ids": batch.input_ids_T[None],
+            "position_ids": batch.position_ids_T[None],
+            "use_cache": False,  # a cache would turn transformers' own packed detection off and mix the sequences
+            "cu_seq_lens_q": batch.cu_seqlens,
+            "cu_seq_lens_k": batch.cu_seqlens,
+            "max_length_q": batch.max_seqlen,
+            "max_length_k": batch.max_seqlen,
+            "boundaries": batch.boundaries,
+        }
 
 
 def load_for_training(
@@ -98,17 +79,17 @@ def load_for_training(
 def prepare_model(model: Any, *, gradient_checkpointing: bool, head_chunk: int) -> PackedLM:
     """Wraps a causal LM that was made with `attn_implementation="longalign_varlen"`.
 
-    Raises ModelError where the model's LM head is no plain linear layer or scales its logits.
+    Raises ModelError where the model's LM head is no plain linear layer.
     """
     head = getattr(model, "lm_head", None)
-    scaled = [name for name in LOGIT_SCALES if getattr(model.config, name, None) not in (None, 1, 1.0)]
-    if type(head) is not nn.Linear or scaled:
+    if type(head) is not nn.Linear:
         raise ModelError(
-            f"{type(model).__name__} has {' and '.join(scaled) or 'no plain linear lm_head'}, so its loss cannot be "
-            "computed in chunks; choose a model with a plain head"
+            f"{type(model).__name__} has no plain linear lm_head, so its loss cannot be computed in chunks; choose a "
+            "model with a plain head"
         )
     head.__class__ = TokenLossHead  # keeps the parameter, its name and its tie to the embedding
-    cast(TokenLossHead, head).chunk = head_chunk
+    loss_head = cast(TokenLossHead, head)
+    loss_head.chunk, loss_head.rule = head_chunk, LogitRule.of(model.config)
     model.config.use_cache = False
     if gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -121,19 +102,41 @@ def verify_isolation(model: PackedLM, *, vocab_size: int, device: torch.device |
 
     Every rank calls it, as under ZeRO-3 a forward pass is collective. Raises ModelError where one sees the other.
     """
-    import numpy as np
-
-    from longalign_ray.data.store import Pack
-    from longalign_ray.train.batch import to_batch
 
     def second_sequence(first_token: int) -> torch.Tensor:
-        ids = np.arange(16, dtype=np.int32) % vocab_size
-        ids[:8] = first_token
-        pack = Pack(ids, np.ones(16, np.bool_), np.array([0, 8, 16], np.int32), ("first", "second"))
-        return model.hidden_states(to_batch(pack, loss="sequence", device=device))[8:]
+        return model.hidden_states(_probe(vocab_size, device, first_token))[8:]
 
-    if not torch.equal(second_sequence(1), second_sequence(2)):
+    try:
+        apart = torch.equal(second_sequence(1), second_sequence(2))
+    except ValueError as error:  # transformers' own refusal, where it knows that a mixer needs a kernel
+        raise ModelError(f"{type(model.model).__name__} cannot be trained packed: {error}") from error
+    if not apart:
         raise ModelError(
             f"{type(model.model).__name__}: a token of one packed sequence changes the states of another, so packed "
             "training would be wrong; choose a model whose every layer is attention, with no recurrent mixer"
         )
+
+
+@torch.no_grad()
+def verify_loss(model: PackedLM, *, vocab_size: int, device: torch.device | str) -> None:
+    """The loss of two short sequences must be that of the model's own logits, whatever it does to them after the head.
+
+    Every rank calls it. Raises ModelError where the two differ by more than rounding.
+    """
+    batch = _probe(vocab_size, device, 1)
+    logits_ND = model.model(**model.inputs(batch)).logits[0, batch.target_positions_N]
+    expected = (F.cross_entropy(logits_ND.float(), batch.labels_N, reduction="none") * batch.weights_N).sum().item()
+    found = model(batch).item()
+    if abs(found - expected) > 0.02 * abs(expected):  # logits of two digits, in bf16, carry 0.4 %
+        raise ModelError(
+            f"{type(model.model).__name__}: its own logits have a loss of {expected:.4g} on a probe and our head of "
+            f"{found:.4g}, so it changes them in a way that is not known here; choose another model"
+        )
+
+
+def _probe(vocab_size: int, device: torch.device | str, first_token: int) -> PackedBatch:
+    """Two sequences of 8 tokens, the first one all `first_token`."""
+    ids = np.arange(16, dtype=np.int32) % vocab_size
+    ids[:8] = first_token
+    pack = Pack(ids, np.full(16, FULL_WEIGHT, np.uint8), np.array([0, 8, 16], np.int32), ("first", "second"))
+    return to_batch(pack, loss="sequence", device=device)

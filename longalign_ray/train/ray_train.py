@@ -85,7 +85,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     from longalign_ray.train.checkpoint import TrainState
     from longalign_ray.train.engine import TrainEngine, quiet_deepspeed
     from longalign_ray.train.loop import StepMetrics, train_loop
-    from longalign_ray.train.model import load_for_training, verify_isolation
+    from longalign_ray.train.model import load_for_training, verify_isolation, verify_loss
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     quiet_deepspeed()
@@ -106,6 +106,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     vocab_size = int(model.model.config.vocab_size)
     engine = TrainEngine(model, config, dtype=dtype, micro_steps=plan.shape[1])
     verify_isolation(engine.module, vocab_size=vocab_size, device=engine.device)
+    verify_loss(engine.module, vocab_size=vocab_size, device=engine.device)
 
     first_step = tokens_seen = 0
     identity = {"plan_digest": plan.digest, "world_size": world_size, "zero_stage": config.zero_stage}
