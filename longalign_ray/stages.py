@@ -103,8 +103,10 @@ def prepare(config: RunConfig, run_dir: RunDir) -> Manifest:
     corpus = corpus_sources(config, run_dir)
 
     def work() -> Manifest:
+        model_dir = local_model_dir(config.model.path)
+        _check_window(config, model_dir)
         connect_ray(config)
-        made = build(config, run_dir, model_dir=local_model_dir(config.model.path), corpus=corpus)
+        made = build(config, run_dir, model_dir=model_dir, corpus=corpus)
         outputs = [run_dir.store, run_dir.plan, run_dir.packed]
         inputs = [path for source in corpus.values() for path in source.paths]
         return _manifest(config, run_dir, "prepare", inputs, outputs, made.counts, made.dropped_by_reason)
@@ -125,6 +127,7 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
     def work() -> Manifest:
         model_dir = local_model_dir(config.model.path)
         _check_disk(config, run_dir, model_dir)
+        _check_window(config, model_dir)
         plan, ranks = StepPlan.load(run_dir.plan), config.train.num_workers
         if (plan.world_size, plan.balance) != (ranks, config.balance):
             index = ExampleIndex.load(run_dir.store / "index.parquet")
@@ -160,7 +163,7 @@ def export(config: RunConfig, run_dir: RunDir) -> Manifest:
         checkpoint = newest_checkpoint(run_dir.checkpoints)
         base = local_model_dir(config.model.path)
         dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
-        num_parameters = export_model(checkpoint, base, run_dir.model, dtype=dtype)
+        num_parameters = export_model(checkpoint, base, run_dir.model, dtype=dtype, rope=config.model.rope)
         counts = {"parameters": num_parameters}
         return _manifest(config, run_dir, "export", [checkpoint], [run_dir.model], counts, {})
 
@@ -362,6 +365,13 @@ def _corpus_state(config: RunConfig) -> list[Any]:
     patterns = [path for source in config.corpus.named.values() for path in source.paths]
     states = [file.state for file in corpus_files(patterns, endpoint=endpoint)]
     return [*states, *evaluation_state(config.data.decontaminate.paths, endpoint=endpoint)]
+
+
+def _check_window(config: RunConfig, model_dir: Path) -> None:
+    from longalign_ray.train.rope import check_window
+
+    one_per_pack = config.packing.strategy in ("sorted", "naive")
+    check_window(model_dir, config.model.rope, max_length=config.data.max_length, one_per_pack=one_per_pack)
 
 
 def _check_disk(config: RunConfig, run_dir: RunDir, model_dir: Path) -> None:

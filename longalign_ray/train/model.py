@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from longalign_ray.config import RopeConfig
 from longalign_ray.data.store import FULL_WEIGHT, Pack
 from longalign_ray.errors import ModelError
 from longalign_ray.precision import DTYPES
 from longalign_ray.train import attention
 from longalign_ray.train.batch import PackedBatch, to_batch
 from longalign_ray.train.loss_head import LogitRule, TokenLossHead
+from longalign_ray.train.rope import model_config
 
 
 class PackedLM(nn.Module):
@@ -55,9 +57,14 @@ class PackedLM(nn.Module):
 
 
 def load_for_training(
-    model_dir: str | Path, *, dtype: str, gradient_checkpointing: bool = True, head_chunk: int = 1_024
+    model_dir: str | Path,
+    *,
+    dtype: str,
+    gradient_checkpointing: bool = True,
+    head_chunk: int = 1_024,
+    rope: RopeConfig | None = None,
 ) -> PackedLM:
-    """The model of a local directory with variable-length attention and the chunked loss head.
+    """The model of a local directory with variable-length attention, the chunked loss head, and `rope` applied.
 
     Raises ModelError where the directory is no causal language model or its attention cannot be replaced.
     """
@@ -66,6 +73,7 @@ def load_for_training(
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(model_dir),
+            config=model_config(model_dir, rope),
             dtype=DTYPES[dtype],
             attn_implementation=attention.register(),
             use_safetensors=True,

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from longalign_ray.config import RunConfig, TrainConfig
+from longalign_ray.config import RopeConfig, RunConfig, TrainConfig
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.errors import LongAlignError
 from longalign_ray.logs import MetricsWriter, progress, read_metrics
@@ -39,6 +39,7 @@ def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> Path:
         train_loop_config={
             "train": config.train.model_dump(),
             "dtype": config.model.dtype,
+            "rope": config.model.rope.model_dump(),
             "model_dir": str(model_dir.resolve()),
             "plan": str(run_dir.plan.resolve()),
             "store": str(run_dir.store.resolve()),
@@ -102,6 +103,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
         dtype=dtype,
         gradient_checkpointing=config.gradient_checkpointing,
         head_chunk=config.head_chunk,
+        rope=RopeConfig(**settings["rope"]),
     )
     vocab_size = int(model.model.config.vocab_size)
     engine = TrainEngine(model, config, dtype=dtype, micro_steps=plan.shape[1])

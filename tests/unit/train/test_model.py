@@ -65,7 +65,7 @@ def gemma2() -> Any:
     """Capped scores and logits, which weights of this size reach; one layer of two slides."""
     from transformers import Gemma2Config
 
-    caps = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}
+    caps: dict[str, Any] = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}
     return Gemma2Config(**SHAPE, **caps, head_dim=8, sliding_window=5, query_pre_attn_scalar=8, initializer_range=0.3)
 
 
@@ -271,7 +271,7 @@ def mamba() -> Any:
 def jamba() -> Any:
     from transformers import JambaConfig
 
-    mixers = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "mamba_d_state": 4}
+    mixers: dict[str, Any] = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "mamba_d_state": 4}
     return JambaConfig(**SHAPE, **mixers, num_experts=2, num_experts_per_tok=1)
 
 
@@ -279,9 +279,9 @@ def qwen3_next() -> Any:
     """Its gated delta rule keeps sequences apart with flash-linear-attention only, and transformers says so."""
     from transformers import Qwen3NextConfig
 
-    linear = {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim")}
+    linear: dict[str, Any] = {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim")}
     linear |= {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
-    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    experts: dict[str, Any] = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
     layers = ["linear_attention", "full_attention"]
     return Qwen3NextConfig(
         **SHAPE, **linear, **experts, head_dim=16, shared_expert_intermediate_size=8, layer_types=layers
