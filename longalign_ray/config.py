@@ -27,6 +27,30 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class RopeConfig(Section):
+    """Context extension: how the model's rotary embedding is changed for longer examples; see train/rope.py."""
+
+    scaling: Literal["none", "base", "linear", "yarn"] = "none"
+    """`base`: the base of its frequencies is multiplied by `factor`, as in the paper; `linear`: its positions are
+    divided by it; `yarn`: slow frequencies are divided, fast ones kept."""
+    factor: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] | None = None
+    """None: `window` over the model's own window t, and for `base` what dynamic NTK makes of it, t^(d / (d - 2)) with d
+    rotary dimensions. The paper's is 200 for `base` and 64k."""
+    window: PositiveInt | None = None
+    """Tokens that the model is to take; the exported model states them as its max_position_embeddings."""
+
+    @model_validator(mode="after")
+    def _window_given(self) -> RopeConfig:
+        if self.scaling == "none" and (self.factor, self.window) != (None, None):
+            raise ValueError("model.rope.factor or window is given without model.rope.scaling: set scaling=base")
+        if self.scaling != "none" and self.window is None:
+            raise ValueError(
+                f"model.rope.scaling = {self.scaling} needs model.rope.window, the tokens that the model is to take: "
+                "set it to data.max_length or more"
+            )
+        return self
+
+
 class ModelConfig(Section):
     """The model to align."""
 
@@ -38,6 +62,8 @@ class ModelConfig(Section):
     chat_template: str | None = None
     """Chat template in place of the tokenizer's own: `chatml`, `llama-2` or `chatglm3-rounds` (the LongAlign paper's
     formats), or a file with a Jinja template."""
+    rope: RopeConfig = RopeConfig()
+    """Context extension, for examples longer than the model was made for."""
 
 
 class ConstructConfig(Section):
@@ -248,8 +274,10 @@ class TrainConfig(Section):
     """AdamW weight decay."""
     max_grad_norm: PositiveFloat = 1.0
     """Global gradient norm is clipped to this."""
-    loss: Literal["sequence", "token"] = "sequence"
-    """`sequence`: every sequence counts equally (Eq. 2/4); `token`: every target token of the step does."""
+    loss: Literal["sequence", "token", "pack", "sqrt"] = "sequence"
+    """`sequence`: every sequence counts equally (Eq. 2/4); `token`: every target token of the step does; `sqrt`: every
+    sequence by the root of its targets; `pack`: every pack (Eq. 3, the paper's packing without weighting, to compare
+    with: it favours long answers, and depends on how the examples were packed)."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass."""
     head_chunk: PositiveInt = 1_024
@@ -427,6 +455,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"packing.capacity = {self.packing.capacity}{of_group} is below data.max_length = "
                 f"{self.data.max_length}: raise packing.capacity or set data.max_length <= {room}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _window_holds_longest(self) -> RunConfig:
+        window = self.model.rope.window
+        if window is not None and window < self.data.max_length:
+            raise ValueError(
+                f"model.rope.window = {window} is below data.max_length = {self.data.max_length}: raise the window or "
+                f"set data.max_length <= {window}"
             )
         return self
 

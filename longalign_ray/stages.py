@@ -112,8 +112,10 @@ def prepare(config: RunConfig, run_dir: RunDir) -> Manifest:
     corpus = corpus_sources(config, run_dir)
 
     def work() -> Manifest:
+        model_dir = starting_model(config, run_dir)
+        _check_window(config, model_dir)
         connect_ray(config)
-        made = build(config, run_dir, model_dir=starting_model(config, run_dir), corpus=corpus)
+        made = build(config, run_dir, model_dir=model_dir, corpus=corpus)
         outputs = [run_dir.store, run_dir.plan, run_dir.packed]
         inputs = [path for source in corpus.values() for path in source.paths]
         return _manifest(config, run_dir, "prepare", inputs, outputs, made.counts, made.dropped_by_reason)
@@ -136,6 +138,7 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
         model_dir = starting_model(config, run_dir)
         check_positions(model_shape(model_dir), config.train.sp_degree)
         _check_disk(config, run_dir, model_dir)
+        _check_window(config, model_dir)
         plan, ranks = StepPlan.load(run_dir.plan), config.train.max_workers
         if (plan.world_size, plan.sp_degree, plan.balance) != (ranks, config.train.sp_degree, config.balance):
             index = ExampleIndex.load(run_dir.store / "index.parquet")
@@ -179,7 +182,7 @@ def export(config: RunConfig, run_dir: RunDir) -> Manifest:
         base = starting_model(config, run_dir)
         dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
         with store.local_copy(stored.name) as directory:
-            num_parameters = export_model(directory, base, run_dir.model, dtype=dtype)
+            num_parameters = export_model(directory, base, run_dir.model, dtype=dtype, rope=config.model.rope)
         counts = {"parameters": num_parameters, "steps": stored.state.step}
         return _manifest(config, run_dir, "export", [store.path_of(stored.name)], [run_dir.model], counts, {})
 
@@ -418,6 +421,13 @@ def _corpus_state(config: RunConfig) -> list[Any]:
     patterns = [path for source in config.corpus.named.values() for path in source.paths]
     states = [file.state for file in corpus_files(patterns, endpoint=endpoint)]
     return [*states, *evaluation_state(config.data.decontaminate.paths, endpoint=endpoint)]
+
+
+def _check_window(config: RunConfig, model_dir: Path) -> None:
+    from longalign_ray.train.rope import check_window
+
+    one_per_pack = config.packing.strategy in ("sorted", "naive")
+    check_window(model_dir, config.model.rope, max_length=config.data.max_length, one_per_pack=one_per_pack)
 
 
 def _check_disk(config: RunConfig, run_dir: RunDir, model_dir: Path) -> None:

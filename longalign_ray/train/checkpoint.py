@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longalign_ray.config import RopeConfig
 from longalign_ray.errors import CheckpointError, PlanMismatchError
 from longalign_ray.run_dir import write_json
 from longalign_ray.train.engine import TAG, quiet_deepspeed
+from longalign_ray.train.rope import model_config
 
 STATE_FILE = "state.json"
 
@@ -66,10 +68,13 @@ class TrainState:
         return zero_stage == 0 or (self.world_size, self.zero_stage) == (world_size, zero_stage)
 
 
-def export_model(checkpoint_dir: Path, base_model_dir: Path, output_dir: Path, *, dtype: str) -> int:
+def export_model(
+    checkpoint_dir: Path, base_model_dir: Path, output_dir: Path, *, dtype: str, rope: RopeConfig | None = None
+) -> int:
     """Writes the weights of a checkpoint as a Hugging Face directory with the base model's tokenizer.
 
-    Returns the number of parameters. The fp32 master weights are rounded once, to `dtype`.
+    Returns the number of parameters. The fp32 master weights are rounded once, to `dtype`; the configuration carries
+    the `rope` that was trained with.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -89,7 +94,9 @@ def export_model(checkpoint_dir: Path, base_model_dir: Path, output_dir: Path, *
         weights = torch.load(file, map_location="cpu", weights_only=False)["module"]
     prefix = "model."  # the wrapper PackedLM holds the Hugging Face model under this name
     weights = {name.removeprefix(prefix): tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
-    model = AutoModelForCausalLM.from_pretrained(str(base_model_dir), dtype=DTYPES[dtype])
+    model = AutoModelForCausalLM.from_pretrained(
+        str(base_model_dir), config=model_config(base_model_dir, rope), dtype=DTYPES[dtype]
+    )
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:

@@ -90,7 +90,7 @@ class TrainEngine:
     def forward_backward(self, batch: PackedBatch, *, step_total: float, last: bool) -> torch.Tensor:
         """Adds the gradient of one micro-step; returns this rank's share of the step's loss, detached.
 
-        step_total: M of Eq. 4 (or the weights of the step's targets). `last` marks the last micro-step before `step`.
+        step_total: M of Eq. 4, or what else the step's weights sum to. `last` marks the last micro-step before `step`.
         DeepSpeed's backward would also divide by the accumulation steps, which `scale_wrt_gas=False` turns off.
         """
         self._engine.set_gradient_accumulation_boundary(last)

@@ -15,6 +15,7 @@ from longalign_ray.data.packed import PackReader
 from longalign_ray.errors import LongAlignError
 from longalign_ray.train.batch import dummy_pack, to_batch
 from longalign_ray.train.engine import TrainEngine, all_reduce_sum
+from longalign_ray.train.loss import step_totals
 from longalign_ray.train.schedule import learning_rate
 
 
@@ -52,11 +53,11 @@ def train_loop(
     """
     plan = packs.plan
     group, (num_steps, micro_steps, _) = engine.sequence_group, plan.shape
-    imbalance = plan.step_imbalance()
+    imbalance, totals = plan.step_imbalance(), step_totals(plan, packs.store.index, config.loss)
     num_tokens = plan.slot_tokens().sum(axis=(1, 2))
     for step in range(first_step, num_steps):
         started = time.perf_counter()
-        step_total = float((plan.num_sequences if config.loss == "sequence" else plan.sum_weights)[step])
+        step_total = float(totals[step])
         loss = torch.zeros((), device=engine.device)
         for micro_step in range(micro_steps):
             pack = packs.pack(step, micro_step, group.number) or dummy_pack()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from longalign_ray.config import RunConfig, TrainConfig
+from longalign_ray.config import RopeConfig, RunConfig, TrainConfig
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.errors import LongAlignError, PlanMismatchError
 from longalign_ray.logs import MetricsWriter, progress, read_metrics
@@ -48,6 +48,7 @@ def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> str:
         train_loop_config={
             "train": config.train.model_dump(),
             "dtype": config.model.dtype,
+            "rope": config.model.rope.model_dump(),
             "model_dir": str(model_dir.resolve()),
             "plan": str(run_dir.plan.resolve()),
             "store": str(run_dir.store.resolve()),
@@ -97,7 +98,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     from longalign_ray.precision import resolve_dtype
     from longalign_ray.train.engine import TrainEngine, quiet_deepspeed
     from longalign_ray.train.loop import StepMetrics, train_loop
-    from longalign_ray.train.model import load_for_training, verify_isolation
+    from longalign_ray.train.model import load_for_training, verify_isolation, verify_loss
     from longalign_ray.train.resume import agree_on_checkpoint, loadable
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -115,6 +116,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
         dtype=dtype,
         gradient_checkpointing=config.gradient_checkpointing,
         head_chunk=config.head_chunk,
+        rope=RopeConfig(**settings["rope"]),
     )
     vocab_size = int(model.model.config.vocab_size)
     store: CheckpointStore = settings["checkpoints"]
@@ -124,7 +126,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
         stored.state.check(plan_digest=plan.digest, zero_stage=config.zero_stage)
         convert = not stored.state.fits(world_size=world_size, zero_stage=config.zero_stage)
     engine = TrainEngine(model, config, dtype=dtype, micro_steps=plan.shape[1], load_universal=convert)
-    verify_isolation(engine.module, vocab_size=vocab_size, device=engine.device, sequence_group=engine.sequence_group)
+    for verify in (verify_isolation, verify_loss):
+        verify(engine.module, vocab_size=vocab_size, device=engine.device, sequence_group=engine.sequence_group)
     if stored is not None:
         with loadable(store, stored, convert=convert, local_rank=context.get_local_rank()) as directory:
             engine.load(directory)
