@@ -256,6 +256,13 @@ class TrainConfig(Section):
     """Newest checkpoints kept."""
     max_failures: Count = 2
     """Times a lost worker group is restarted from its last checkpoint."""
+    heldout_every: Count | None = None
+    """Optimizer steps between measurements of the held-out loss, by length; none: once, at the end; 0: never."""
+    max_loss_ratio: Annotated[float, Field(gt=1.0)] | None = None
+    """The run stops when a step's loss is more than this many times the median of the last 50 steps."""
+    sinks: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Trackers that get every row of metrics.jsonl as well, as TensorBoard always does; their own environment variables
+    (WANDB_PROJECT, MLFLOW_TRACKING_URI, ...) say where."""
 
 
 class ServeConfig(Section):

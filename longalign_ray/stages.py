@@ -25,6 +25,8 @@ from longalign_ray.run_dir import STAGES, Manifest, RunDir, digest
 
 logger = logging.getLogger(__name__)
 
+WATCHING = ("heldout_every", "max_loss_ratio", "sinks")
+"""Settings of `train` that change no weight: a run may continue with others."""
 PACKAGES = ("longalign_ray", "ray", "torch", "transformers", "deepspeed", "pyarrow")
 
 
@@ -263,7 +265,7 @@ def stage_digest(config: RunConfig, run_dir: RunDir, stage: str) -> str:
             config.train.epochs,
             config.train.max_steps,
         ],
-        "train": [dump["train"]],
+        "train": [{name: value for name, value in dump["train"].items() if name not in WATCHING}],
         "export": [],
         "evaluate": [dump["evaluate"]],
     }

@@ -52,10 +52,15 @@ class PackedLM(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """0-d tensor; the whole forward pass runs in here, so that ZeRO-3 gathers what it needs."""
+    def forward(self, batch: PackedBatch, *, reduce: bool = True) -> torch.Tensor:
+        """0-d tensor; the whole forward pass runs in here, so that ZeRO-3 gathers what it needs.
+
+        Without `reduce`: [N], the loss of each target, unweighted.
+        """
         hidden_TD = self.hidden_states(batch)
         losses_N = self.model.lm_head(hidden_TD[batch.target_positions_N], batch.labels_N)
+        if not reduce:
+            return losses_N
         return (losses_N * batch.weights_N.to(losses_N.dtype)).sum()
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:

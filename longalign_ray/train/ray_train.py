@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
+import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from longalign_ray.data.plan import StepPlan
 from longalign_ray.errors import LongAlignError
 from longalign_ray.logs import MetricsWriter, progress, read_metrics
 from longalign_ray.run_dir import RunDir
+from longalign_ray.train.sinks import Sinks, check_installed, open_sinks
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> Path:
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchTrainer
 
+    check_installed(config.train.sinks)
     resources: dict[str, float] = {"CPU": config.train.cpus_per_worker}
     if config.train.use_gpu:
         resources["GPU"] = 1
@@ -117,16 +119,21 @@ def _train_worker(settings: dict[str, Any]) -> None:
         first_step, tokens_seen = state.step, state.tokens_seen
         logger.warning("resumed after step %d", first_step)
     is_first = context.get_world_rank() == 0
-    metrics = MetricsWriter(Path(settings["metrics"]), first_step=first_step) if is_first else None
+    metrics_file = Path(settings["metrics"])
+    recent_losses = [row["loss"] for row in read_metrics(metrics_file) if row["step"] < first_step]
+    metrics = MetricsWriter(metrics_file, first_step=first_step) if is_first else None
+    sinks = _open_sinks(settings, first_step=first_step) if is_first else None
     last_row: dict[str, Any] = {}
 
     def on_step(step_metrics: StepMetrics) -> None:
         nonlocal tokens_seen
         tokens_seen += step_metrics.num_tokens
-        row = dataclasses.asdict(step_metrics)
+        row = step_metrics.row()
+        last_row.clear()  # else a checkpoint would be reported with the held-out loss of an earlier step
         last_row.update(row)
-        if metrics is not None:
+        if metrics is not None and sinks is not None:
             metrics.write(row)
+            sinks.write(row)
 
     def on_checkpoint(step: int) -> None:
         directory = Path(tempfile.mkdtemp(prefix="longalign-checkpoint-"))
@@ -139,7 +146,47 @@ def _train_worker(settings: dict[str, Any]) -> None:
             delete_local_checkpoint_after_upload=True,
         )
 
-    train_loop(engine, packs, config, first_step=first_step, on_step=on_step, on_checkpoint=on_checkpoint)
+    try:
+        train_loop(
+            engine,
+            packs,
+            config,
+            first_step=first_step,
+            recent_losses=recent_losses,
+            on_step=on_step,
+            on_checkpoint=on_checkpoint,
+        )
+    finally:
+        if sinks is not None:
+            sinks.close()
+
+
+def _open_sinks(settings: dict[str, Any], *, first_step: int) -> Sinks:
+    directory = Path(settings["metrics"]).parent
+    run_name = directory.parent.name
+    opened = open_sinks(
+        settings["train"]["sinks"], directory, run_name=run_name, settings=settings["train"], first_step=first_step
+    )
+    return Sinks({**opened, "prometheus": lambda: PrometheusSink(run_name)})
+
+
+class PrometheusSink:
+    """Gauges `ray_longalign_<metric>` with the tag `run`, on the metrics port of the rank's node."""
+
+    def __init__(self, run_name: str):
+        self._tags, self._gauges = {"run": run_name}, {}
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        from ray.util.metrics import Gauge
+
+        for name, value in {"step": step, **values}.items():
+            if name not in self._gauges:
+                metric = "longalign_" + re.sub(r"\W", "_", name)
+                self._gauges[name] = Gauge(metric, description=f"{name} of metrics.jsonl", tag_keys=("run",))
+            self._gauges[name].set(value, tags=self._tags)
+
+    def close(self) -> None:
+        pass
 
 
 @contextmanager
@@ -155,6 +202,8 @@ def _watched_metrics(path: Path, num_steps: int, *, poll_seconds: float = 1.0) -
                 rows = read_metrics(path)
                 for row in rows[min(shown, len(rows)) :]:
                     bar.advance(row["step"] + 1, _step_line(row))
+                    if "heldout_loss" in row:
+                        bar.advance(row["step"] + 1, _heldout_line(row))
                 shown = len(rows)
                 if last_look:
                     return
@@ -169,15 +218,26 @@ def _watched_metrics(path: Path, num_steps: int, *, poll_seconds: float = 1.0) -
 
 
 def _step_line(row: dict[str, Any]) -> str:
+    seen, mfu = row.get("seen_imbalance"), row.get("mfu")
     return (
         f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.2f}  lr {row['learning_rate']:.2e}  "
-        f"{row['tokens_per_second']:,.0f} tokens/s  imbalance {row['rank_imbalance']:.3f}  "
-        f"{row['max_memory_gb']:.1f} GB a rank"
+        f"{row['tokens_per_second']:,.0f} tokens/s  {'' if mfu is None else f'MFU {mfu:.1%}  '}"
+        f"imbalance {row['rank_imbalance']:.3f}{'' if seen is None else f', seen {seen:.3f}'}  "
+        f"data wait {row.get('data_seconds', 0.0) / row['seconds']:.1%}  {row['max_memory_gb']:.1f} GB a rank"
+    )
+
+
+def _heldout_line(row: dict[str, Any]) -> str:
+    by_length = ", ".join(f"{bucket} {loss:.4f}" for bucket, loss in row["heldout_by_length"].items())
+    return (
+        f"held-out loss {row['heldout_loss']:.4f} ({by_length}), by tokens {row['heldout_token_loss']:.4f}  "
+        f"{row['heldout_seconds']:.1f} s"
     )
 
 
 def clear_training(run_dir: RunDir) -> None:
     """Removes checkpoints and metrics of an earlier recipe, which this one must not resume."""
-    if run_dir.checkpoints.exists():
-        shutil.rmtree(run_dir.checkpoints)
+    for directory in (run_dir.checkpoints, run_dir.metrics.parent / "tensorboard"):
+        if directory.exists():
+            shutil.rmtree(directory)
     run_dir.metrics.unlink(missing_ok=True)
