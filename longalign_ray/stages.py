@@ -162,7 +162,11 @@ def export(config: RunConfig, run_dir: RunDir) -> Manifest:
         checkpoint = newest_checkpoint(run_dir.checkpoints)
         base = local_model_dir(config.model.path)
         dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
-        num_parameters = export_model(checkpoint, base, run_dir.model, dtype=dtype)
+        if run_dir.model.exists():
+            shutil.rmtree(run_dir.model)  # the other form of an adapter leaves files of other names
+        num_parameters = export_model(
+            checkpoint, base, run_dir.model, dtype=dtype, adapter=config.train.adapter, form=config.export.adapter
+        )
         counts = {"parameters": num_parameters}
         return _manifest(config, run_dir, "export", [checkpoint], [run_dir.model], counts, {})
 
@@ -171,6 +175,10 @@ def export(config: RunConfig, run_dir: RunDir) -> Manifest:
 
 def served_models(config: RunConfig, run_dir: RunDir) -> dict[str, Path]:
     """Model names and directories: `base`, the recipe's model, and `aligned`, the exported one."""
+    if (run_dir.model / "adapter_config.json").exists():
+        raise LongAlignError(
+            f"{run_dir.model} holds an adapter alone, which is not served: set export.adapter=merged and export again"
+        )
     _need(run_dir.model / "config.json", "export")
     return {"base": local_model_dir(config.model.path), "aligned": run_dir.model}
 
@@ -266,7 +274,7 @@ def stage_digest(config: RunConfig, run_dir: RunDir, stage: str) -> str:
             config.train.max_steps,
         ],
         "train": [{name: value for name, value in dump["train"].items() if name not in WATCHING}],
-        "export": [],
+        "export": [dump["export"]],
         "evaluate": [dump["evaluate"]],
     }
     upstream = {"prepare": "construct", "train": "prepare", "export": "train", "evaluate": "export"}.get(stage)

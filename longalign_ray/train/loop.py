@@ -75,7 +75,9 @@ def train_loop(
     clock = StepClock(engine.module, engine.device, balance=plan.balance, zero_stage=config.zero_stage)
     watch = LossWatch(packs, max_ratio=config.max_loss_ratio, recent=recent_losses)
     shape = engine.module.model.config
-    flops = step_flops(plan, hidden_size=shape.hidden_size, vocab_size=shape.vocab_size)
+    flops = step_flops(
+        plan, hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, frozen=config.adapter is not None
+    )
     peak = peak_flops(engine.device)
     heldout = heldout_packs(packs) if config.heldout_every != 0 else None
     for step in range(first_step, num_steps):

@@ -137,7 +137,10 @@ def verify_isolation(model: PackedLM, *, vocab_size: int, device: torch.device |
         pack = Pack(ids, np.ones(16, np.bool_), np.array([0, 8, 16], np.int32), ("first", "second"))
         return model.hidden_states(to_batch(pack, loss="sequence", device=device))[8:]
 
-    if not torch.equal(second_sequence(1), second_sequence(2)):
+    model.eval()  # dropout would differ between the two passes
+    is_isolated = torch.equal(second_sequence(1), second_sequence(2))
+    model.train()
+    if not is_isolated:
         raise ModelError(
             f"{type(model.model).__name__}: a token of one packed sequence changes the states of another, so packed "
             "training would be wrong; choose a model whose every layer is attention, with no recurrent mixer"

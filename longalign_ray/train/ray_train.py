@@ -32,7 +32,11 @@ def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> Path:
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchTrainer
 
+    from longalign_ray.train.adapters import check_installed as check_peft
+
     check_installed(config.train.sinks)
+    if config.train.adapter is not None:
+        check_peft()
     resources: dict[str, float] = {"CPU": config.train.cpus_per_worker}
     if config.train.use_gpu:
         resources["GPU"] = 1
@@ -84,6 +88,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
 
     from longalign_ray.data.packed import PackReader
     from longalign_ray.precision import resolve_dtype
+    from longalign_ray.train.adapters import add_adapter
     from longalign_ray.train.checkpoint import TrainState
     from longalign_ray.train.engine import TrainEngine, quiet_deepspeed
     from longalign_ray.train.loop import StepMetrics, train_loop
@@ -105,6 +110,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
         gradient_checkpointing=config.gradient_checkpointing,
         head_chunk=config.head_chunk,
     )
+    if config.adapter is not None:
+        add_adapter(model, config.adapter, seed=plan.seed)
     vocab_size = int(model.model.config.vocab_size)
     engine = TrainEngine(model, config, dtype=dtype, micro_steps=plan.shape[1])
     verify_isolation(engine.module, vocab_size=vocab_size, device=engine.device)

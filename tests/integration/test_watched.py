@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+
+from tests.integration.ranks import run_two
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks printed."""
-    directory = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = []
-    for rank in range(2):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "DS_ACCELERATOR": "cpu",
-        }
-        command = [sys.executable, "-m", "tests.integration.watched_ranks", str(directory)]
-        started.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    outputs = [rank.communicate(timeout=300) for rank in started]
-    assert [rank.returncode for rank in started] == [0, 0], "\n".join(error[-3_000:] for _, error in outputs)
-    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    return run_two("tests.integration.watched_ranks", tmp_path_factory.mktemp("ranks"))
 
 
 def heldout(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
