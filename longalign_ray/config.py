@@ -242,6 +242,20 @@ class PackingConfig(Section):
     """Optimizer steps whose packs share one file of packed blocks; none: as many as fill 16 MB."""
 
 
+class AdapterConfig(Section):
+    """LoRA: the model's weights are frozen, and a product of two small matrices is trained beside each (needs the extra
+    `lora`)."""
+
+    rank: PositiveInt = 16
+    """Columns of the first matrix and rows of the second."""
+    alpha: PositiveFloat = 32
+    """The product is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of an adapter's inputs that is dropped. Above 0, a resumed run is not bitwise the undisturbed one."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the linear layers that get one, such as q_proj; empty: all but the head."""
+
+
 class TrainConfig(Section):
     """The optimizer run. Defaults are those of the LongAlign paper (section 4.1)."""
 
@@ -293,6 +307,15 @@ class TrainConfig(Section):
     A store that is not Amazon's or Google's own: see corpus.storage_endpoint."""
     max_failures: Count = 2
     """Times a lost worker group is restarted from its last checkpoint."""
+    adapter: AdapterConfig | None = None
+    """Train a LoRA adapter in place of the weights; a learning rate ten times as high is usual."""
+    heldout_every: Count | None = None
+    """Optimizer steps between measurements of the held-out loss, by length; none: once, at the end; 0: never."""
+    max_loss_ratio: Annotated[float, Field(gt=1.0)] | None = None
+    """The run stops when a step's loss is more than this many times the median of the last 50 steps."""
+    sinks: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Trackers that get every row of metrics.jsonl as well, as TensorBoard always does; their own environment variables
+    (WANDB_PROJECT, MLFLOW_TRACKING_URI, ...) say where."""
 
     @field_validator("num_workers", mode="before")
     @classmethod
@@ -338,6 +361,14 @@ class TrainConfig(Section):
                 f"of {divisors}, or train.num_workers to a multiple of {degree}"
             )
         return self
+
+
+class ExportConfig(Section):
+    """The trained model in Hugging Face layout."""
+
+    adapter: Literal["merged", "adapter"] = "merged"
+    """Of a run with `train.adapter`: a plain model with the adapter merged into its weights, or the adapter alone. peft
+    loads that beside the base model; `serve` does not."""
 
 
 class ServeConfig(Section):
@@ -431,6 +462,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     packing: PackingConfig = PackingConfig()
     train: TrainConfig = TrainConfig()
+    export: ExportConfig = ExportConfig()
     serve: ServeConfig = ServeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     ray: RayConfig = RayConfig()

@@ -25,9 +25,11 @@ from longalign_ray.run_dir import STAGES, Manifest, RunDir, digest
 
 logger = logging.getLogger(__name__)
 
+WATCHING = ("heldout_every", "max_loss_ratio", "sinks")
+"""Settings of `train` that change no weight: a run may continue with others."""
 RESUMES_WITH_OTHER = (
     "num_workers", "cpus_per_worker", "use_gpu", "zero_stage", "offload_optimizer", "gradient_checkpointing",
-    "head_chunk", "checkpoint_every", "keep_checkpoints", "keep_best", "checkpoint_storage", "max_failures",
+    "head_chunk", "checkpoint_every", "keep_checkpoints", "keep_best", "checkpoint_storage", "max_failures", *WATCHING,
 )  # fmt: skip
 """Settings of `train` that an interrupted run may change and still continue: the steps stay the same."""
 PACKAGES = ("longalign_ray", "ray", "torch", "transformers", "deepspeed", "pyarrow")
@@ -181,8 +183,18 @@ def export(config: RunConfig, run_dir: RunDir) -> Manifest:
             raise CheckpointError(f"no finished checkpoint below {store.path}; run `longalign train` first")
         base = starting_model(config, run_dir)
         dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
+        if run_dir.model.exists():
+            shutil.rmtree(run_dir.model)  # the other form of an adapter leaves files of other names
         with store.local_copy(stored.name) as directory:
-            num_parameters = export_model(directory, base, run_dir.model, dtype=dtype, rope=config.model.rope)
+            num_parameters = export_model(
+                directory,
+                base,
+                run_dir.model,
+                dtype=dtype,
+                rope=config.model.rope,
+                adapter=config.train.adapter,
+                form=config.export.adapter,
+            )
         counts = {"parameters": num_parameters, "steps": stored.state.step}
         return _manifest(config, run_dir, "export", [store.path_of(stored.name)], [run_dir.model], counts, {})
 
@@ -191,6 +203,10 @@ def export(config: RunConfig, run_dir: RunDir) -> Manifest:
 
 def served_models(config: RunConfig, run_dir: RunDir) -> dict[str, Path]:
     """Model names and directories: `base`, the recipe's model, and `aligned`, the exported one."""
+    if (run_dir.model / "adapter_config.json").exists():
+        raise LongAlignError(
+            f"{run_dir.model} holds an adapter alone, which is not served: set export.adapter=merged and export again"
+        )
     _need(run_dir.model / "config.json", "export")
     return {"base": local_model_dir(config.model.path), "aligned": run_dir.model}
 
@@ -308,8 +324,8 @@ def stage_digest(config: RunConfig, run_dir: RunDir, stage: str) -> str:
             config.train.epochs,
             config.train.max_steps,
         ],
-        "train": [dump["train"]],
-        "export": [],
+        "train": [{name: value for name, value in dump["train"].items() if name not in WATCHING}],
+        "export": [dump["export"]],
         "evaluate": [dump["evaluate"]],
     }
     upstream = {"prepare": "construct", "train": "prepare", "export": "train", "evaluate": "export"}.get(stage)

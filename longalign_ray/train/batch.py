@@ -30,6 +30,8 @@ class PackedBatch:
     max_seqlen: int
     target_positions_N: torch.Tensor
     """int64[N] below t, N >= 1: a part without targets scores its first position with weight 0."""
+    pack_positions_N: torch.Tensor
+    """int64[N] below T: the same positions, in the whole pack."""
     labels_N: torch.Tensor
     weights_N: torch.Tensor
     """float64[N]; the model rounds them to the precision of its losses."""
@@ -63,6 +65,7 @@ def to_batch(
         boundaries=tuple(pack.cu_seqlens.tolist()),
         max_seqlen=int(np.diff(pack.cu_seqlens).max()),
         target_positions_N=tensor(positions_N, torch.int64),
+        pack_positions_N=tensor(own[positions_N], torch.int64),
         labels_N=tensor(np.maximum(labels_t[positions_N], 0), torch.int64),
         weights_N=tensor(weights_t[positions_N], torch.float64),
         sequence_group=sequence_group,

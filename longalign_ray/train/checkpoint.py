@@ -8,9 +8,9 @@ import json
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from longalign_ray.config import RopeConfig
+from longalign_ray.config import AdapterConfig, RopeConfig
 from longalign_ray.errors import CheckpointError, PlanMismatchError
 from longalign_ray.run_dir import write_json
 from longalign_ray.train.engine import TAG, quiet_deepspeed
@@ -69,18 +69,27 @@ class TrainState:
 
 
 def export_model(
-    checkpoint_dir: Path, base_model_dir: Path, output_dir: Path, *, dtype: str, rope: RopeConfig | None = None
+    checkpoint_dir: Path,
+    base_model_dir: Path,
+    output_dir: Path,
+    *,
+    dtype: str,
+    rope: RopeConfig | None = None,
+    adapter: AdapterConfig | None = None,
+    form: Literal["merged", "adapter"] = "merged",
 ) -> int:
     """Writes the weights of a checkpoint as a Hugging Face directory with the base model's tokenizer.
 
     Returns the number of parameters. The fp32 master weights are rounded once, to `dtype`; the configuration carries
-    the `rope` that was trained with.
+    the `rope` that was trained with. An adapter is merged into the base model, or written alone in peft's layout, by
+    `form`.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     from longalign_ray.precision import DTYPES
+    from longalign_ray.train.adapters import load_adapter
 
     disable_progress_bar()
     quiet_deepspeed()
@@ -93,10 +102,21 @@ def export_model(
         file = checkpoint_dir / TAG / "mp_rank_00_model_states.pt"
         weights = torch.load(file, map_location="cpu", weights_only=False)["module"]
     prefix = "model."  # the wrapper PackedLM holds the Hugging Face model under this name
-    weights = {name.removeprefix(prefix): tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
+    weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     model = AutoModelForCausalLM.from_pretrained(
         str(base_model_dir), config=model_config(base_model_dir, rope), dtype=DTYPES[dtype]
     )
+    if adapter is not None:
+        model = load_adapter(model, weights, adapter, form=form)
+    else:
+        _load_weights(model, weights, checkpoint_dir, base_model_dir)
+    model.save_pretrained(output_dir)
+    AutoTokenizer.from_pretrained(str(base_model_dir)).save_pretrained(output_dir)
+    return model.num_parameters()
+
+
+def _load_weights(model: Any, weights: dict[str, Any], checkpoint_dir: Path, base_model_dir: Path) -> None:
+    """Copies and rounds all weights into the model."""
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:
@@ -104,6 +124,3 @@ def export_model(
             f"{checkpoint_dir} does not fit the model {base_model_dir}: missing {sorted(set(missing) - tied)[:3]}, "
             f"unexpected {sorted(unexpected)[:3]}; export with the model.path that was trained"
         )
-    model.save_pretrained(output_dir)
-    AutoTokenizer.from_pretrained(str(base_model_dir)).save_pretrained(output_dir)
-    return model.num_parameters()

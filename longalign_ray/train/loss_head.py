@@ -33,6 +33,10 @@ class LogitRule:
             factor /= config.logits_scaling
         return LogitRule(factor, getattr(config, "final_logit_softcapping", None))  # Gemma
 
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits * self.factor
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
 
 class TokenLossHead(nn.Linear):
     """An LM head that gives the loss of a pack, `chunk` positions at a time.
@@ -47,14 +51,26 @@ class TokenLossHead(nn.Linear):
     def forward(
         self, hidden_ND: torch.Tensor, labels_N: torch.Tensor | None = None, weights_N: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """0-d, fp32 or better: sum of weight * cross entropy in nats. Without labels: logits before the rule."""
-        if labels_N is None or weights_N is None:
+        """0-d, fp32 or better: sum of weight * cross entropy in nats.
+
+        Without weights: [N], each cross entropy, and no gradient. Without labels: logits before the rule.
+        """
+        if labels_N is None:
             return super().forward(hidden_ND)
+        if weights_N is None:
+            return self._losses(hidden_ND, labels_N)
         loss = _WeightedCrossEntropy.apply(
             hidden_ND, self.weight, self.bias, labels_N, weights_N, self.chunk, self.rule, torch.is_grad_enabled()
         )
         assert isinstance(loss, torch.Tensor)
         return loss
+
+    @torch.no_grad()
+    def _losses(self, hidden_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+        exact = torch.promote_types(hidden_ND.dtype, torch.float32)
+        chunks = zip(hidden_ND.split(self.chunk), labels_N.split(self.chunk), strict=True)
+        logits = ((self.rule(super(TokenLossHead, self).forward(hidden_CD).to(exact)), y) for hidden_CD, y in chunks)
+        return torch.cat([F.cross_entropy(logits_CV, labels_C, reduction="none") for logits_CV, labels_C in logits])
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):

@@ -33,10 +33,14 @@ class PackedLM(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """0-d tensor; the whole forward pass runs in here, so that ZeRO-3 gathers what it needs."""
+    def forward(self, batch: PackedBatch, *, reduce: bool = True) -> torch.Tensor:
+        """0-d tensor; the whole forward pass runs in here, so that ZeRO-3 gathers what it needs.
+
+        Without `reduce`: [N], the loss of each target, unweighted and without a gradient.
+        """
         hidden_tD = self.hidden_states(batch)
-        return self.model.lm_head(hidden_tD[batch.target_positions_N], batch.labels_N, batch.weights_N)
+        weights_N = batch.weights_N if reduce else None
+        return self.model.lm_head(hidden_tD[batch.target_positions_N], batch.labels_N, weights_N)
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """[t, D] of the last layer after its norm."""
@@ -123,10 +127,12 @@ def verify_isolation(
         batch = _probe(vocab_size, device, first_token, sequence_group)
         return model.hidden_states(batch)[torch.from_numpy(own >= 8)]
 
+    model.eval()  # dropout would differ between the two passes
     try:
         apart = torch.equal(second_sequence(1), second_sequence(2))
     except ValueError as error:  # transformers' own refusal, where it knows that a mixer needs a kernel
         raise ModelError(f"{type(model.model).__name__} cannot be trained packed: {error}") from error
+    model.train()
     if not apart:
         raise ModelError(
             f"{type(model.model).__name__}: a token of one packed sequence changes the states of another, so packed "

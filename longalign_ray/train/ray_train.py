@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
+import re
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +20,7 @@ from longalign_ray.run_dir import RunDir
 from longalign_ray.train.checkpoint import TrainState
 from longalign_ray.train.checkpoint_store import CheckpointStore
 from longalign_ray.train.ray_checkpoints import Uploads, checkpoint_store, pruning
+from longalign_ray.train.sinks import Sinks, check_installed, open_sinks
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,11 @@ def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> str:
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchTrainer
 
+    from longalign_ray.train.adapters import check_installed as check_peft
+
+    check_installed(config.train.sinks)
+    if config.train.adapter is not None:
+        check_peft()
     plan = StepPlan.load(run_dir.plan)
     store = checkpoint_store(config, run_dir)
     if (newest := store.newest(checksums=False)) is not None:  # the ranks look at every byte, each at its share
@@ -96,6 +103,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
 
     from longalign_ray.data.packed import PackReader
     from longalign_ray.precision import resolve_dtype
+    from longalign_ray.train.adapters import add_adapter
     from longalign_ray.train.engine import TrainEngine, quiet_deepspeed
     from longalign_ray.train.loop import StepMetrics, train_loop
     from longalign_ray.train.model import load_for_training, verify_isolation, verify_loss
@@ -118,6 +126,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
         head_chunk=config.head_chunk,
         rope=RopeConfig(**settings["rope"]),
     )
+    if config.adapter is not None:
+        add_adapter(model, config.adapter, seed=plan.seed)
     vocab_size = int(model.model.config.vocab_size)
     store: CheckpointStore = settings["checkpoints"]
     first_step = tokens_seen = 0
@@ -134,17 +144,21 @@ def _train_worker(settings: dict[str, Any]) -> None:
         first_step, tokens_seen = stored.state.step, stored.state.tokens_seen
         logger.warning("resumed after step %d", first_step)
     is_first = context.get_world_rank() == 0
-    metrics = MetricsWriter(Path(settings["metrics"]), first_step=first_step) if is_first else None
+    metrics_file = Path(settings["metrics"])
+    recent_losses = [row["loss"] for row in read_metrics(metrics_file) if row["step"] < first_step]
+    metrics = MetricsWriter(metrics_file, first_step=first_step) if is_first else None
+    sinks = _open_sinks(settings, first_step=first_step) if is_first else None
     last_row: dict[str, Any] = {}
 
     def on_step(step_metrics: StepMetrics) -> None:
         nonlocal tokens_seen
         tokens_seen += step_metrics.num_tokens
-        row = dataclasses.asdict(step_metrics)
-        last_row.clear()
+        row = step_metrics.row()
+        last_row.clear()  # else a checkpoint would be reported with the held-out loss of an earlier step
         last_row.update(row)
-        if metrics is not None:
+        if metrics is not None and sinks is not None:
             metrics.write(row)
+            sinks.write(row)
 
     uploads = Uploads(store, rank=context.get_world_rank())
 
@@ -159,7 +173,47 @@ def _train_worker(settings: dict[str, Any]) -> None:
         )
         uploads.start(engine.save, state, last_row)
 
-    train_loop(engine, packs, config, first_step=first_step, on_step=on_step, on_checkpoint=on_checkpoint)
+    try:
+        train_loop(
+            engine,
+            packs,
+            config,
+            first_step=first_step,
+            recent_losses=recent_losses,
+            on_step=on_step,
+            on_checkpoint=on_checkpoint,
+        )
+    finally:
+        if sinks is not None:
+            sinks.close()
+
+
+def _open_sinks(settings: dict[str, Any], *, first_step: int) -> Sinks:
+    directory = Path(settings["metrics"]).parent
+    run_name = directory.parent.name
+    opened = open_sinks(
+        settings["train"]["sinks"], directory, run_name=run_name, settings=settings["train"], first_step=first_step
+    )
+    return Sinks({**opened, "prometheus": lambda: PrometheusSink(run_name)})
+
+
+class PrometheusSink:
+    """Gauges `ray_longalign_<metric>` with the tag `run`, on the metrics port of the rank's node."""
+
+    def __init__(self, run_name: str):
+        self._tags, self._gauges = {"run": run_name}, {}
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        from ray.util.metrics import Gauge
+
+        for name, value in {"step": step, **values}.items():
+            if name not in self._gauges:
+                metric = "longalign_" + re.sub(r"\W", "_", name)
+                self._gauges[name] = Gauge(metric, description=f"{name} of metrics.jsonl", tag_keys=("run",))
+            self._gauges[name].set(value, tags=self._tags)
+
+    def close(self) -> None:
+        pass
 
 
 def _plan_for_ranks(settings: dict[str, Any], world_size: int) -> StepPlan:
@@ -195,6 +249,8 @@ def _watched_metrics(path: Path, num_steps: int, *, poll_seconds: float = 1.0) -
                 rows = read_metrics(path)
                 for row in rows[min(shown, len(rows)) :]:
                     bar.advance(row["step"] + 1, _step_line(row))
+                    if "heldout_loss" in row:
+                        bar.advance(row["step"] + 1, _heldout_line(row))
                 shown = len(rows)
                 if last_look:
                     return
@@ -209,14 +265,26 @@ def _watched_metrics(path: Path, num_steps: int, *, poll_seconds: float = 1.0) -
 
 
 def _step_line(row: dict[str, Any]) -> str:
+    seen, mfu = row.get("seen_imbalance"), row.get("mfu")
     return (
         f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.2f}  lr {row['learning_rate']:.2e}  "
-        f"{row['tokens_per_second']:,.0f} tokens/s  imbalance {row['rank_imbalance']:.3f}  "
-        f"{row['max_memory_gb']:.1f} GB a rank"
+        f"{row['tokens_per_second']:,.0f} tokens/s  {'' if mfu is None else f'MFU {mfu:.1%}  '}"
+        f"imbalance {row['rank_imbalance']:.3f}{'' if seen is None else f', seen {seen:.3f}'}  "
+        f"data wait {row.get('data_seconds', 0.0) / row['seconds']:.1%}  {row['max_memory_gb']:.1f} GB a rank"
+    )
+
+
+def _heldout_line(row: dict[str, Any]) -> str:
+    by_length = ", ".join(f"{bucket} {loss:.4f}" for bucket, loss in row["heldout_by_length"].items())
+    return (
+        f"held-out loss {row['heldout_loss']:.4f} ({by_length}), by tokens {row['heldout_token_loss']:.4f}  "
+        f"{row['heldout_seconds']:.1f} s"
     )
 
 
 def clear_training(config: RunConfig, run_dir: RunDir) -> None:
     """Removes checkpoints and metrics of an earlier recipe, which this one must not resume."""
     checkpoint_store(config, run_dir).clear()
+    if (boards := run_dir.metrics.parent / "tensorboard").exists():
+        shutil.rmtree(boards)
     run_dir.metrics.unlink(missing_ok=True)

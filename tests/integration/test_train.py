@@ -73,6 +73,28 @@ def test_loss_falls_and_every_step_is_recorded(undisturbed: tuple[RunConfig, Run
     assert all(row["rank_imbalance"] >= 1 for row in rows)
 
 
+def test_every_step_is_watched(undisturbed: tuple[RunConfig, RunDir]) -> None:
+    """The held-out loss after the last step alone, as nothing else is asked for; every number in TensorBoard too."""
+    rows = read_metrics(undisturbed[1].metrics)
+    assert all(1 <= row["seen_imbalance"] <= 2 and row["data_seconds"] < row["seconds"] for row in rows)
+    assert [row["step"] for row in rows if "heldout_loss" in row] == [len(rows) - 1]
+    assert list(rows[-1]["heldout_by_length"]) == ["0-4k"]
+    assert abs(rows[-1]["heldout_loss"] - rows[-1]["loss"]) < 1
+    event_files = list((undisturbed[1].metrics.parent / "tensorboard").iterdir())
+    assert len(event_files) == 1
+    assert b"heldout_by_length/0-4k" in event_files[0].read_bytes()
+
+
+def test_gauges_for_prometheus() -> None:
+    from longalign_ray.train.ray_train import PrometheusSink
+
+    sink = PrometheusSink("mine")
+    sink.write(3, {"loss": 2.5, "heldout_by_length/0-4k": 2.25})
+    gauges = {gauge.info["name"]: gauge.info["tag_keys"] for gauge in sink._gauges.values()}
+    names = ("longalign_step", "longalign_loss", "longalign_heldout_by_length_0_4k")
+    assert gauges == dict.fromkeys(names, ("run",))
+
+
 def test_export_is_a_model_that_plain_transformers_loads(
     undisturbed: tuple[RunConfig, RunDir], tiny_model_dir: Path
 ) -> None:

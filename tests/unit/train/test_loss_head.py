@@ -53,6 +53,9 @@ def test_loss_and_gradients_equal_full_logits(rule: LogitRule, chunk: int, bias:
         torch.autograd.grad(loss * 2.5, inputs), torch.autograd.grad(expected * 2.5, inputs), strict=True
     ):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    alone = head(hidden, labels)
+    assert (alone.shape, alone.requires_grad) == ((N,), False)
+    assert (alone * weights).sum().item() == pytest.approx(expected.item(), abs=1e-12)
 
 
 def test_large_logits_do_not_overflow() -> None:
