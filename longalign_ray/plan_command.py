@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.plan_file import PlanWriter
 from longalign_ray.data.plan_groups import GROUP, GroupPlan, plan_groups, seeded_rows
 from longalign_ray.data.plan_score import PlanScore, score, warm_up
-from longalign_ray.errors import ConfigError
+from longalign_ray.errors import ConfigError, LongAlignError
 from longalign_ray.plan_memory import Forecast, Times, as_json, as_text, forecast, levers_of_recipe, times
 from longalign_ray.train.memory import Levers
 from longalign_ray.train.model_shape import LLAMA_2_7B as LLAMA_2_7B_SHAPE
@@ -58,7 +58,8 @@ def _from_lengths(arguments: argparse.Namespace) -> str:
     )
     model = None if arguments.model is None else _read_config(arguments.model)
     cost = LLAMA_2_7B if model is None else sequence_cost(model)
-    made = forecast(LLAMA_2_7B_SHAPE if model is None else ModelShape.of(model), Levers(), settings, arguments)
+    shape = LLAMA_2_7B_SHAPE if model is None else _shape(model)
+    made = shape and forecast(shape, Levers(), settings, arguments)
     others = [replace(settings, strategy=strategy, balance=balance) for strategy, balance, _ in BESIDE]
     for each in (settings, *others):
         warm_up(lengths, each, cost)
@@ -68,7 +69,7 @@ def _from_lengths(arguments: argparse.Namespace) -> str:
     beside = [score(plan_groups(sample, other, cost=cost), other, arguments.tflops) for other in others]
     room = settings.capacity * settings.sp_degree
     longest = int(np.max(lengths, where=lengths <= room, initial=0))
-    took = times(made, asked, settings, cost=cost, longest=longest, tflops=arguments.tflops)
+    took = made and times(made, asked, settings, cost=cost, longest=longest, tflops=arguments.tflops)
     if arguments.json:
         return _json(asked, beside, made, took)
     if asked.dropped:
@@ -78,7 +79,7 @@ def _from_lengths(arguments: argparse.Namespace) -> str:
         )  # fmt: skip
     note = "" if sample is lengths else f"The last two rows: of {GROUP:,} sequences, drawn by seed."
     table = _table(asked, beside, settings, arguments.tflops, note)
-    return f"{table}\n\n{as_text(made, took, arguments.tflops)}"
+    return "\n\n".join([table, *([as_text(made, took, arguments.tflops)] if made else [])])
 
 
 def _from_recipe(arguments: argparse.Namespace) -> str:
@@ -93,8 +94,11 @@ def _from_recipe(arguments: argparse.Namespace) -> str:
     model_dir = local_model_dir(config.model.path)
     settings = _changed(plan_settings(config, world_size=config.train.num_workers), arguments)
     model = model_shape(model_dir)
-    made = forecast(ModelShape.of(model), levers_of_recipe(config), settings, arguments)
+    shape = _shape(model)
+    made = shape and forecast(shape, levers_of_recipe(config), settings, arguments)
     if not (run_dir.store / "index.parquet").exists():
+        if made is None:
+            raise LongAlignError(f"{run_dir.store} does not exist: run `longalign prepare` first, or give --lengths")
         logger.warning(
             "%s does not exist, so the lengths are not known and only the memory of full packs is told: run `longalign "
             "prepare` first, or give --lengths", run_dir.store,
@@ -116,8 +120,8 @@ def _from_recipe(arguments: argparse.Namespace) -> str:
     if arguments.out:
         plan.save(Path(arguments.out))
     beside = [scored(replace(settings, strategy=s, balance=b))[0] for s, b, _ in BESIDE]
-    cost = sequence_cost(model)
-    took = times(made, asked, settings, cost=cost, longest=int(plan.lengths.max()), tflops=arguments.tflops)
+    longest = int(plan.lengths.max())
+    took = made and times(made, asked, settings, cost=sequence_cost(model), longest=longest, tflops=arguments.tflops)
     if arguments.json:
         return _json(asked, beside, made, took)
     sizes = sorted({settings.world_size, *(settings.sp_degree * 2**power for power in range(4))})
@@ -132,7 +136,8 @@ def _from_recipe(arguments: argparse.Namespace) -> str:
             f"{other.imbalance():>13.3f}{mark}"
         )
     table = _table(asked, beside, settings, arguments.tflops, "")
-    return "\n\n".join([table, "\n".join(lines), as_text(made, took, arguments.tflops)])
+    memory = [as_text(made, took, arguments.tflops)] if made else []
+    return "\n\n".join([table, "\n".join(lines), *memory])
 
 
 def _changed(settings: PlanSettings, arguments: argparse.Namespace) -> PlanSettings:
@@ -182,15 +187,25 @@ def _read_config(model: str) -> dict[str, Any]:
     path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
-        ModelShape.of(read)
-    except (OSError, ValueError, AttributeError, ConfigError) as error:
+        sequence_cost(read)
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ConfigError(f"--model {path} does not describe a decoder ({error}); give its config.json") from error
     return read
 
 
-def _json(asked: PlanScore, beside: list[PlanScore], made: Forecast, took: Times) -> str:
+def _shape(model: Mapping[str, Any]) -> ModelShape | None:
+    """None, with a warning, for a model whose balance can be told but whose memory cannot, such as one of experts."""
+    try:
+        return ModelShape.of(model)
+    except ConfigError as error:
+        logger.warning("no forecast of memory: %s", error)
+        return None
+
+
+def _json(asked: PlanScore, beside: list[PlanScore], made: Forecast | None, took: Times | None) -> str:
+    memory = as_json(made, took) if made else None
     others: list[dict[str, Any]] = [dataclasses.asdict(other) for other in beside]
-    return json.dumps({**dataclasses.asdict(asked), "beside": others, "memory": as_json(made, took)}, indent=2)
+    return json.dumps({**dataclasses.asdict(asked), "beside": others, "memory": memory}, indent=2)
 
 
 def _table(asked: PlanScore, beside: list[PlanScore], settings: PlanSettings, tflops: float, note: str) -> str:

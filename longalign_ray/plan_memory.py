@@ -84,30 +84,29 @@ class Times:
 
 
 def levers_of_recipe(config: RunConfig) -> Levers:
-    """The levers that the trainer will use, on as many ranks as the recipe names."""
-    on_gpu, own = config.train.use_gpu, config.train
-    taken = {lever: getattr(own, SETTINGS[lever]) for lever in IN_TRAINER}
-    dtype = config.model.dtype
+    """The levers that the trainer will use. Raises ConfigError where the recipe's ZeRO stage does not have them."""
+    on_gpu, own, dtype = config.train.use_gpu, config.train, config.model.dtype
     if dtype == "auto":
         from longalign_ray.precision import resolve_dtype
 
         dtype = resolve_dtype(dtype, use_gpu=on_gpu)
-    return Levers(
+    levers = Levers(
         ranks=own.num_workers,
-        ranks_per_node=8 if on_gpu else own.num_workers,
         zero_stage=own.zero_stage,
         gradient_checkpointing=own.gradient_checkpointing,
         head_chunk=own.head_chunk,
         weight_bytes=4 if dtype == "float32" else 2,
         on_gpu=on_gpu,
-        **{name: int(value) if name == "sp_degree" else bool(value) for name, value in taken.items()},
     )
+    return with_levers(levers, [name for name in LADDER if name in IN_TRAINER and getattr(own, SETTINGS[name])])
 
 
 def forecast(shape: ModelShape, levers: Levers, settings: PlanSettings, arguments: argparse.Namespace) -> Forecast:
     """For full packs on the plan's world. Raises ConfigError with all that the command line says wrongly."""
     sizes = {"--gpu-memory": arguments.gpu_memory, "--host-memory": arguments.host_memory}
-    wrong = [f"{option} = {value:g}: give a size above 0" for option, value in sizes.items() if not (value or 1) > 0]
+    wrong = [
+        f"{o} = {value:g}: give a size above 0" for o, value in sizes.items() if value is not None and not value > 0
+    ]
     if arguments.gpus_per_node is not None and arguments.gpus_per_node < 1:
         wrong.append(f"--gpus-per-node = {arguments.gpus_per_node}: give 1 or more")
     if wrong:
@@ -224,7 +223,7 @@ def _ladder(made: Forecast) -> str:
         terms = memory_terms(made.shape, tokens_per_rank=made.tokens_per_rank, levers=tried)
         longest = longest_context(made.shape, tried, **made.room)
         mark = "" if set(names[-1:]) <= set(IN_TRAINER) else "  not in the trainer yet"
-        name = f"+ {_words(names[-1:])}" if names else "none"
+        name = f"+ {_words(names[-1:])}" if names else "no lever"
         most = f"{longest:,}" if longest else "-"
         lines.append(f"{name:<24} {terms.rank / 1e9:>9.2f} {terms.node / 1e9:>10.1f} {most:>13}{mark}")
     own = longest_context(made.shape, levers, **made.room)
@@ -268,7 +267,7 @@ def _time(made: Forecast, took: Times, tflops: float) -> str:
 def _words(names: tuple[str, ...] | None) -> str:
     if names is None:
         return "no set of levers"
-    return ", ".join(name.replace("_", " ").replace("mlp", "MLP") for name in names) or "none"
+    return ", ".join(name.replace("_", " ").replace("mlp", "MLP") for name in names) or "no lever"
 
 
 def _own_memory_gb() -> float:
