@@ -119,13 +119,13 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
     from longalign_ray.data.store import ExampleIndex
     from longalign_ray.logs import read_metrics
     from longalign_ray.train import ray_train
-    from longalign_ray.train.sequence_parallel import check_positions
+    from longalign_ray.train.sequence_parallel import check_model
 
     _need(run_dir.plan, "prepare")
 
     def work() -> Manifest:
         model_dir = local_model_dir(config.model.path)
-        check_positions(model_shape(model_dir), config.train.sp_degree)
+        check_model(model_shape(model_dir), config.train.sp_degree)
         _check_disk(config, run_dir, model_dir)
         plan, ranks = StepPlan.load(run_dir.plan), config.train.num_workers
         if (plan.world_size, plan.sp_degree, plan.balance) != (ranks, config.train.sp_degree, config.balance):

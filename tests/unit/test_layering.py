@@ -28,6 +28,7 @@ LAYERS = {
     "train.schedule": 4,
     "train.sequence_parallel": 4,
     "train.ring_attention": 4,
+    "train.block_attention": 4,
     "train.throughput": 4,
     "evaluate": 4,
     "train": 5,
