@@ -132,13 +132,13 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
     from longalign_ray.data.store import ExampleIndex
     from longalign_ray.logs import read_metrics
     from longalign_ray.train import ray_train
-    from longalign_ray.train.sequence_parallel import check_positions
+    from longalign_ray.train.sequence_parallel import check_model
 
     _need(run_dir.plan, "prepare")
 
     def work() -> Manifest:
         model_dir = starting_model(config, run_dir)
-        check_positions(model_shape(model_dir), config.train.sp_degree)
+        check_model(model_shape(model_dir), config.train.sp_degree)
         _check_disk(config, run_dir, model_dir)
         _check_window(config, model_dir)
         plan, ranks = StepPlan.load(run_dir.plan), config.train.max_workers

@@ -15,7 +15,7 @@ from longalign_ray.errors import CheckpointError
 from longalign_ray.train.batch import PackedBatch
 from longalign_ray.train.loss import backward_scale
 from longalign_ray.train.model import PackedLM
-from longalign_ray.train.sequence_parallel import check_positions, join_groups
+from longalign_ray.train.sequence_parallel import check_model, join_groups
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class TrainEngine:
         quiet_deepspeed()
         import deepspeed
 
-        check_positions(model.model.config, config.sp_degree)
+        check_model(model.model.config, config.sp_degree)
         self.sequence_group = join_groups(config.sp_degree, num_heads=model.model.config.num_attention_heads)
         if not torch.cuda.is_available():
             # The shared-memory collectives would be compiled at the first run; gloo needs no compiler.

@@ -18,6 +18,7 @@ Suffixes: T tokens of the pack, t of the part, H query heads, K key/value heads,
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ import torch
 from torch import distributed as dist
 
 from longalign_ray.errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -106,14 +109,22 @@ def _own_group(groups: np.ndarray) -> Any:
     return next(group for row, group in made if dist.get_rank() in row)
 
 
-def check_positions(model_config: Any, degree: int) -> None:
-    """Raises ModelError where the ranks of a group would disagree on position embeddings.
+def check_model(model_config: Any, degree: int) -> None:
+    """Raises ModelError where the ranks of a group would disagree on position embeddings; warns where they form a ring.
 
     model_config: Hugging Face config object or the mapping of a config.json.
     """
     if degree == 1:
         return
     settings: dict[str, Any] = model_config if isinstance(model_config, dict) else model_config.to_dict()
+    heads = settings["num_attention_heads"]
+    if heads % degree:
+        divisors = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
+        logger.warning(
+            "train.sp_degree = %d does not divide the model's %d attention heads, so %d ranks pass keys and values round "
+            "in a ring, and more bytes move; with one of %s none has to",
+            degree, heads, degree // math.gcd(degree, heads), divisors,
+        )  # fmt: skip
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type"))
     if kind in ("dynamic", "longrope"):

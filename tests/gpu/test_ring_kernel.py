@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longalign_ray.train.ring_attention import CpuKernel, FlashKernel, blocks_of_step
+from longalign_ray.train.block_attention import CpuKernel, FlashKernel
+from longalign_ray.train.ring_attention import blocks_of_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BOUNDARIES = (0, 700, 701, 1_000, 2_048)

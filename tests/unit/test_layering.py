@@ -28,6 +28,7 @@ LAYERS = {
     "train.schedule": 4,
     "train.sequence_parallel": 4,
     "train.ring_attention": 4,
+    "train.block_attention": 4,
     "train.throughput": 4,
     "train.model_shape": 3,
     "train.memory": 4,

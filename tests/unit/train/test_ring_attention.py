@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from longalign_ray.train import ring_attention
-from longalign_ray.train.ring_attention import Block, CpuKernel, FlashKernel, Kernel, _merge, blocks_of_step
+from longalign_ray.train import block_attention
+from longalign_ray.train.block_attention import Block, CpuKernel, FlashKernel, Kernel
+from longalign_ray.train.ring_attention import blocks_of_step, merge
 from longalign_ray.train.sequence_parallel import SequenceGroup
 
 TOKENS, SCALING = 48, 0.3
@@ -120,7 +121,7 @@ def test_merged_blocks_equal_dense_attention(
     pack: str, window: int | None, kv_heads: int, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ranks of a ring, one after the other: outputs, and gradients that add up over the steps."""
-    monkeypatch.setattr(ring_attention, "QUERY_CHUNK", 4)
+    monkeypatch.setattr(block_attention, "QUERY_CHUNK", 4)
     q, k, v, grad = random(4, seed=0), random(kv_heads, seed=1), random(kv_heads, seed=2), random(4, seed=3)
     wanted = [x.clone().requires_grad_() for x in (q, k, v)]
     expected = dense(wanted[0], wanted[1], wanted[2], visible_pairs(PACKS[pack], window))
@@ -137,7 +138,7 @@ def test_merged_blocks_equal_dense_attention(
             place = slice(*block.queries)
             calls.append((own[place], of_source[slice(*block.keys)], place, block))
         for i, j, place, block in calls:
-            _merge(out[:, place], lse[:, place], *KERNELS[kernel].forward(q[:, i], k[:, j], v[:, j], block, SCALING))
+            merge(out[:, place], lse[:, place], *KERNELS[kernel].forward(q[:, i], k[:, j], v[:, j], block, SCALING))
         torch.testing.assert_close(out, expected[:, own].detach(), rtol=0, atol=1e-12)
         for i, j, place, block in calls:
             dq, dk, dv = KERNELS[kernel].backward(

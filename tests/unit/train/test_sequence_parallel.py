@@ -19,7 +19,7 @@ from longalign_ray.train.loss import LossKind
 from longalign_ray.train.sequence_parallel import (
     SequenceGroup,
     attend,
-    check_positions,
+    check_model,
     heads_of_all_parts,
     tokens_of_all_parts,
 )
@@ -122,7 +122,16 @@ def test_each_query_head_keeps_its_own_key_head(degree: int, kv_heads: int, monk
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_rope_by_the_longest_position_is_refused(kind: str) -> None:
     shape = {"num_attention_heads": 4, "rope_scaling": {"type": kind}}
-    check_positions(shape, 1)
-    check_positions({"rope_parameters": {"rope_type": "yarn"}}, 2)
+    check_model(shape, 1)
+    check_model({**shape, "rope_scaling": {"type": "yarn"}}, 2)
     with pytest.raises(ModelError, match=rf"RoPE of type {kind}.*train\.sp_degree = 2.*set train\.sp_degree=1"):
-        check_positions(shape, 2)
+        check_model(shape, 2)
+
+
+def test_a_degree_that_makes_a_ring_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    check_model({"num_attention_heads": 12}, 4)
+    assert not caplog.messages
+    check_model({"num_attention_heads": 12}, 8)
+    [message] = caplog.messages
+    assert message.startswith("train.sp_degree = 8 does not divide the model's 12 attention heads, so 2 ranks pass")
+    assert message.endswith("with one of 1, 2, 3, 4, 6, 12 none has to")
