@@ -220,7 +220,8 @@ class TrainConfig(Section):
     """The optimizer run. Defaults are those of the LongAlign paper (section 4.1)."""
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 2
-    """Training ranks, one device each; `[fewest, most]`: as many as the cluster has room for, at every start."""
+    """Training ranks, one device each. `[fewest, most]`: as many as the cluster has room for; when that changes, Ray
+    Train goes on from the last checkpoint with the new number."""
     cpus_per_worker: PositiveInt = 1
     """Logical CPUs of a rank; on a CPU-only machine also its number of threads."""
     use_gpu: bool = False
