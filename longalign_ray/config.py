@@ -260,7 +260,8 @@ class TrainConfig(Section):
     """The optimizer run. Defaults are those of the LongAlign paper (section 4.1)."""
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 2
-    """Training ranks, one device each; `[fewest, most]`: as many as the cluster has room for, at every start."""
+    """Training ranks, one device each. `[fewest, most]`: as many as the cluster has room for; when that changes, Ray
+    Train goes on from the last checkpoint with the new number."""
     sp_degree: PositiveInt = 1
     """Ranks that share a pack by sequence parallelism. Each holds up to packing.capacity tokens of it, so an example
     may have sp_degree * capacity. Divides num_workers; best a divisor of the model's attention heads as well."""

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -247,4 +248,5 @@ class CheckpointStore:
 
 
 def _loss_order(stored: StoredCheckpoint) -> float:
-    return float("inf") if stored.state.heldout_loss is None else stored.state.heldout_loss
+    loss = stored.state.heldout_loss
+    return float("inf") if loss is None or math.isnan(loss) else loss

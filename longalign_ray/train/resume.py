@@ -100,18 +100,26 @@ def to_universal(checkpoint_dir: Path, directory: Path) -> None:
     quiet_deepspeed()
     from deepspeed.checkpoint import ds_to_universal
 
-    arguments = argparse.Namespace(
-        input_folder=str(checkpoint_dir / TAG),
-        output_folder=str(directory / TAG),
-        num_extract_workers=1,  # in this process: a rank has threads, and must not fork
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,
-    )
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints its progress
-            ds_to_universal.main(arguments)
+        with (
+            tempfile.TemporaryDirectory(prefix="longalign-links-") as links,
+            redirect_stdout(io.StringIO()),  # it prints its progress
+            redirect_stderr(io.StringIO()),
+        ):
+            # DeepSpeed takes the paths for patterns, in which a + or a bracket would mean something.
+            (Path(links) / "from").symlink_to((checkpoint_dir / TAG).resolve())
+            (Path(links) / "to").symlink_to(directory.resolve())
+            ds_to_universal.main(
+                argparse.Namespace(
+                    input_folder=f"{links}/from",
+                    output_folder=f"{links}/to/{TAG}",
+                    num_extract_workers=1,  # in this process: a rank has threads, and must not fork
+                    num_merge_workers=1,
+                    keep_temp_folder=False,
+                    strict=True,
+                    inject_missing_state=True,
+                )
+            )
     except Exception as error:  # DeepSpeed and torch raise whatever comes
         raise CheckpointError(
             f"{checkpoint_dir} could not be converted for another number of ranks ({type(error).__name__}: {error}): "

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from longalign_ray.errors import ModelError
 from longalign_ray.train.block_attention import Block, CpuKernel, FlashKernel, Kernel
 from longalign_ray.train.sequence_parallel import SequenceGroup, chunks_of_ring
 
@@ -71,9 +72,18 @@ def ring_attention(
     boundaries: tuple[int, ...],
     scaling: float,
     sliding_window: int | None,
+    softcap: float | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """[t, H, D] over the tokens of all ranks of the ring. Every rank of the ring calls it (collective)."""
+    """[t, H, D] over the tokens of all ranks of the ring. Every rank of the ring calls it (collective).
+
+    Raises ModelError where scores are capped, which the kernels of a ring do not do.
+    """
+    if softcap is not None:
+        raise ModelError(
+            f"the model caps its attention scores at {softcap:g}, which a ring of {group.ring_degree} ranks does not "
+            "compute: set train.sp_degree to a divisor of the model's attention heads"
+        )
     kernel = FlashKernel() if query_HtD.device.type == "cuda" else CpuKernel()
     spec = _Ring(kernel, group, boundaries, scaling, sliding_window)
     return _RingAttention.apply(query_HtD, key_KtD, value_KtD, spec).transpose(0, 1)  # pyright: ignore[reportOptionalMemberAccess]
