@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from longalign_ray.errors import ModelError
 from longalign_ray.train import block_attention
 from longalign_ray.train.block_attention import Block, CpuKernel, FlashKernel, Kernel
-from longalign_ray.train.ring_attention import blocks_of_step, merge
+from longalign_ray.train.ring_attention import blocks_of_step, merge, ring_attention
 from longalign_ray.train.sequence_parallel import SequenceGroup
 
 TOKENS, SCALING = 48, 0.3
@@ -160,3 +161,12 @@ def test_torch_flash_attention_takes_these_arguments() -> None:
     assert forward[:10] == ["query", "key", "value", *lengths, "return_debug_mask"]
     assert backward[:14] == ["grad_out", "query", "key", "value", "out", "logsumexp", *lengths, "rng_state", "unused"]
     assert named <= set(forward) & set(backward)
+
+
+def test_capped_scores_are_refused() -> None:
+    query = torch.zeros(3, 6, 4)
+    group = SequenceGroup(ring_degree=3)
+    with pytest.raises(ModelError, match=r"caps its attention scores at 50, which a ring of 3 ranks"):
+        ring_attention(
+            query, query, query, group=group, boundaries=(0, 6), scaling=1.0, sliding_window=None, softcap=50.0
+        )
