@@ -121,8 +121,8 @@ def check_model(model_config: Any, degree: int) -> None:
     if heads % degree:
         divisors = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
         logger.warning(
-            "train.sp_degree = %d does not divide the model's %d attention heads, so %d ranks pass keys and values round "
-            "in a ring, and more bytes move; with one of %s none has to",
+            "train.sp_degree = %d does not divide the model's %d attention heads, so %d ranks pass keys and values "
+            "round in a ring, and more bytes move; with one of %s none has to",
             degree, heads, degree // math.gcd(degree, heads), divisors,
         )  # fmt: skip
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
