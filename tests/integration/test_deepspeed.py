@@ -26,10 +26,9 @@ GRID = [
         loss=("sequence", "token")[(stage // 2 + number) % 2],
     )
     for degree, stage, (number, family) in product((1, 2), (0, 1, 2, 3), enumerate(FAMILIES))
+    if degree == 2 or number // 2 == stage % 2  # half of them without sequence parallelism
 ]
-DOUBLE = [
-    Case(zero_stage=None, sp_degree=degree, family=family, dtype="float64") for degree in (1, 2) for family in FAMILIES
-]
+DOUBLE = [Case(zero_stage=None, sp_degree=2, family=family, dtype="float64") for family in FAMILIES]
 # Heads that the degree does not divide: a ring of 2, on 4 ranks beside an all-to-all of 2.
 RING = [
     Case(zero_stage=3, sp_degree=2, family="llama-3-heads", micro_steps=3),
@@ -40,7 +39,6 @@ FOUR_RANKS = [
     Case(zero_stage=3, sp_degree=2, micro_steps=3),
     Case(zero_stage=2, sp_degree=2, micro_steps=1, family="mistral", loss="token"),
     Case(zero_stage=1, sp_degree=4, micro_steps=3, family="qwen3"),
-    Case(zero_stage=None, sp_degree=4, family="llama", dtype="float64"),
     Case(zero_stage=2, sp_degree=4, family="mistral-2-heads", micro_steps=3),
     Case(zero_stage=None, sp_degree=4, family="mistral-2-heads", dtype="float64", micro_steps=1),
     Case(zero_stage=None, sp_degree=4, family="llama-3-heads", dtype="float64"),
@@ -56,7 +54,7 @@ def run_worlds(cases: dict[int, list[Case]], directory: Path) -> Results:
     asked = {number: [dataclasses.asdict(case) for case in some] for number, some in cases.items()}
     command = [sys.executable, "-m", "tests.integration.deepspeed_ranks", json.dumps(asked), str(directory)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-5_000:]
     results = {number: json.loads((directory / f"{number}.json").read_text(encoding="utf-8")) for number in cases}
     return {n: {**found, "errors": dict(zip(cases[n], found["errors"], strict=True))} for n, found in results.items()}
