@@ -86,8 +86,8 @@ def load_adapter(
     if form == "adapter":
         return adapted
     with torch.no_grad():
-        for layer in [layer for layer in adapted.modules() if isinstance(layer, LoraLayer)]:
-            weight = layer.get_base_layer().weight
-            delta = layer.get_delta_weight(NAME)  # pyright: ignore[reportCallIssue]
+        layers: list[Any] = [layer for layer in adapted.modules() if isinstance(layer, LoraLayer)]
+        for layer in layers:
+            weight, delta = layer.get_base_layer().weight, layer.get_delta_weight(NAME)
             weight.copy_((weight.float() + delta).to(weight.dtype))
     return adapted.unload()
