@@ -317,6 +317,15 @@ class TrainConfig(Section):
     sinks: tuple[Literal["wandb", "mlflow"], ...] = ()
     """Trackers that get every row of metrics.jsonl as well, as TensorBoard always does; their own environment variables
     (WANDB_PROJECT, MLFLOW_TRACKING_URI, ...) say where."""
+    profile_steps: tuple[Count, Count] | None = None
+    """First and last step, counted from 0 as in metrics.jsonl, that torch.profiler traces, into train/profile/."""
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _first_then_last(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and value[0] > value[1]:
+            raise ValueError(f"train.profile_steps = {list(value)} ends before it begins: give [first, last]")
+        return value
 
     @field_validator("num_workers", mode="before")
     @classmethod
@@ -369,7 +378,7 @@ class ExportConfig(Section):
 
     adapter: Literal["merged", "adapter"] = "merged"
     """Of a run with `train.adapter`: a plain model with the adapter merged into its weights, or the adapter alone. peft
-    loads that beside the base model; `serve` does not."""
+    loads that beside the base model and its tokenizer; `serve` does not."""
 
 
 class ServeConfig(Section):

@@ -25,7 +25,7 @@ from longalign_ray.run_dir import STAGES, Manifest, RunDir, digest
 
 logger = logging.getLogger(__name__)
 
-WATCHING = ("heldout_every", "max_loss_ratio", "sinks")
+WATCHING = ("heldout_every", "max_loss_ratio", "profile_steps", "sinks")
 """Settings of `train` that change no weight: a run may continue with others."""
 RESUMES_WITH_OTHER = (
     "num_workers", "cpus_per_worker", "use_gpu", "zero_stage", "offload_optimizer", "gradient_checkpointing",

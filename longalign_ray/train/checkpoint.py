@@ -81,8 +81,8 @@ def export_model(
     """Writes the weights of a checkpoint as a Hugging Face directory with the base model's tokenizer.
 
     Returns the number of parameters. The fp32 master weights are rounded once, to `dtype`; the configuration carries
-    the `rope` that was trained with. An adapter is merged into the base model, or written alone in peft's layout, by
-    `form`.
+    the `rope` that was trained with. An adapter is merged into the base model, or by `form` written
+    alone in peft's layout, to be loaded with the base model and its tokenizer.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -111,7 +111,8 @@ def export_model(
     else:
         _load_weights(model, weights, checkpoint_dir, base_model_dir)
     model.save_pretrained(output_dir)
-    AutoTokenizer.from_pretrained(str(base_model_dir)).save_pretrained(output_dir)
+    if form == "merged":  # beside a tokenizer peft would cut the base model's vocabulary down to it
+        AutoTokenizer.from_pretrained(str(base_model_dir)).save_pretrained(output_dir)
     return model.num_parameters()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from longalign_ray.train.engine import TrainEngine
 from longalign_ray.train.heldout import HeldoutLoss, heldout_loss, heldout_packs, is_due
 from longalign_ray.train.loss import step_totals
 from longalign_ray.train.loss_watch import LossWatch
+from longalign_ray.train.profiler import StepProfiler
 from longalign_ray.train.schedule import learning_rate
 from longalign_ray.train.throughput import StepClock, mfu, peak_flops, step_flops
 
@@ -59,14 +61,15 @@ def train_loop(
     *,
     first_step: int = 0,
     recent_losses: Iterable[float] = (),
+    profile_dir: Path = Path("profile"),
     on_step: Callable[[StepMetrics], None] = lambda metrics: None,
     on_checkpoint: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Runs steps first_step .. plan.num_steps - 1 of this rank.
 
     `on_step` gets the metrics, `on_checkpoint` the number of finished steps; both are called on every rank.
-    `recent_losses` are those of the steps before first_step. Raises LongAlignError, on every rank, where the loss is no
-    longer a number or leaps by more than `max_loss_ratio`.
+    `recent_losses` are those of the steps before first_step; traces of `profile_steps` go to `profile_dir`.
+    Raises LongAlignError, on every rank, where the loss is no longer a number or leaps by more than `max_loss_ratio`.
     """
     plan = packs.plan
     group, (num_steps, micro_steps, _) = engine.sequence_group, plan.shape
@@ -75,12 +78,13 @@ def train_loop(
     clock = StepClock(engine.module, engine.device, balance=plan.balance, zero_stage=config.zero_stage)
     watch = LossWatch(packs, max_ratio=config.max_loss_ratio, recent=recent_losses)
     shape = engine.module.model.config
-    flops = step_flops(
-        plan, hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, frozen=config.adapter is not None
-    )
+    frozen = config.adapter is not None
+    flops = step_flops(plan, hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, frozen=frozen)
     peak = peak_flops(engine.device)
     heldout = heldout_packs(packs) if config.heldout_every != 0 else None
+    profiler = StepProfiler(config.profile_steps, profile_dir)
     for step in range(first_step, num_steps):
+        profiler.start(step)
         started = time.perf_counter()
         clock.start_step()
         step_total = float(totals[step])
@@ -102,6 +106,7 @@ def train_loop(
         )
         grad_norm = engine.step(rate)
         seconds = time.perf_counter() - started
+        profiler.stop(step, is_last=step + 1 == num_steps)
         measured = None
         if heldout is not None and is_due(step + 1, num_steps, config.heldout_every):
             measured = heldout_loss(engine.module, heldout, device=engine.device, sequence_group=group)

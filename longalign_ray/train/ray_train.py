@@ -180,6 +180,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
             config,
             first_step=first_step,
             recent_losses=recent_losses,
+            profile_dir=metrics_file.parent / "profile",
             on_step=on_step,
             on_checkpoint=on_checkpoint,
         )

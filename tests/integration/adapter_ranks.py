@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import distributed as dist
@@ -26,18 +27,14 @@ PROBE = [5, 17, 33, 2, 60, 41, 8]
 
 
 def packed_model(dtype: torch.dtype, adapter: AdapterConfig = ADAPTER) -> PackedLM:
-    """The frozen model with an adapter whose B is not 0."""
-    model = prepare_model(build(dtype, packed=True), gradient_checkpointing=True, head_chunk=8)
+    """The frozen model with an adapter whose B is not 0; the same numbers, rounded, in every precision."""
+    model = prepare_model(build(torch.float32, packed=True), gradient_checkpointing=True, head_chunk=8)
     add_adapter(model, adapter, seed=1)
-    set_b(model)
-    return model
-
-
-def set_b(model: torch.nn.Module) -> None:
     torch.manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
+    return model.to(dtype)
 
 
 def one_at_a_time(examples: list[Example], adapter: AdapterConfig = ADAPTER) -> dict[str, torch.Tensor]:
@@ -81,10 +78,9 @@ def step_error(stage: Literal[0, 1, 2, 3], packs: Any, expected: dict[str, torch
         squared_norm += expected[name].square().sum().item()
     engine.step(0.05)
     with torch.no_grad():
-        probe = Example(
-            "probe", torch.tensor(PROBE, dtype=torch.int32).numpy(), torch.ones(7, dtype=torch.uint8).numpy()
-        )
-        logits = engine.module.model.lm_head(engine.module.hidden_states(to_batch(Pack.of([probe]), loss="sequence")))
+        probe = Example("probe", np.array(PROBE, np.int32), np.ones(len(PROBE), np.uint8))
+        hidden = engine.module.hidden_states(to_batch(Pack.of([probe]), loss="sequence"))
+        logits = engine.module.model.lm_head(hidden)
     engine.save(directory)
     if dist.get_rank() == 0:
         TrainState(step=1, tokens_seen=0, plan_digest="", world_size=2, zero_stage=stage).save(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,14 @@ from tests.integration.ranks import run_two
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(directory: Path) -> list[dict[str, Any]]:
     """What each of two ranks printed."""
-    return run_two("tests.integration.watched_ranks", tmp_path_factory.mktemp("ranks"))
+    return run_two("tests.integration.watched_ranks", directory)
 
 
 def heldout(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -48,6 +54,12 @@ def test_a_row_has_the_seen_imbalance_and_no_mfu_on_a_cpu(ranks: list[dict[str, 
     assert all(1 < row["seen_imbalance"] <= 2 for row in rows)
     assert all(0 < row["data_seconds"] < row["seconds"] for row in rows)
     assert {row["mfu"] for row in rows} == {None}
+
+
+def test_each_rank_leaves_a_trace_of_the_step_asked_for(ranks: list[dict[str, Any]], directory: Path) -> None:
+    assert len(ranks[0]["rows"]) > 2
+    names = sorted(file.name for file in (directory / "profile").iterdir())
+    assert names == ["steps-1-1-rank-0.json.gz", "steps-1-1-rank-1.json.gz"]
 
 
 def test_a_loss_that_is_no_number_on_one_rank_stops_both(ranks: list[dict[str, Any]]) -> None:

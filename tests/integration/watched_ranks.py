@@ -110,7 +110,7 @@ def reference(packs: PackReader, state: dict[str, torch.Tensor] | None = None) -
     }
 
 
-def train(packs: PackReader, **settings: Any) -> tuple[list[dict[str, Any]], Any]:
+def train(packs: PackReader, directory: Path, **settings: Any) -> tuple[list[dict[str, Any]], Any]:
     """(rows, engine) of a run with ZeRO-3."""
     from longalign_ray.train.engine import TrainEngine
     from longalign_ray.train.model import prepare_model
@@ -125,7 +125,7 @@ def train(packs: PackReader, **settings: Any) -> tuple[list[dict[str, Any]], Any
         if settings.get("max_loss_ratio") and len(rows) == 1 and dist.get_rank() == 1:
             engine.module.register_forward_hook(lambda *results: results[2] * float("nan"))
 
-    train_loop(engine, packs, config, on_step=on_step)
+    train_loop(engine, packs, config, on_step=on_step, profile_dir=directory / "profile")
     return rows, engine
 
 
@@ -135,13 +135,13 @@ def main(directory: Path) -> dict[str, Any]:
     own = directory / f"rank-{dist.get_rank()}"
     own.mkdir()
     packs = write_training(own, world_size=dist.get_world_size())
-    rows, engine = train(packs, heldout_every=2)
+    rows, engine = train(packs, directory, heldout_every=2, profile_steps=(1, 1))
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         named = engine.module.named_parameters()
         state = {name.removeprefix("model."): parameter.detach().double().clone() for name, parameter in named}
-    without, _ = train(packs, heldout_every=0)
+    without, _ = train(packs, directory, heldout_every=0)
     try:
-        train(packs, heldout_every=0, max_loss_ratio=100)
+        train(packs, directory, heldout_every=0, max_loss_ratio=100)
         message = ""
     except LongAlignError as error:
         message = str(error)
