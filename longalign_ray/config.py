@@ -501,6 +501,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _context_extended_once(self) -> RunConfig:
+        own = {} if self.before is None else self.before.get("model") or {}
+        if self.before is not None and self.model.rope.scaling != "none" and "rope" not in own:
+            raise ValueError(
+                f"model.rope.scaling = {self.model.rope.scaling} would extend the context in the run before and again "
+                "in this one: move model.rope to before.model.rope"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _window_holds_longest(self) -> RunConfig:
         window = self.model.rope.window
         if window is not None and window < self.data.max_length:

@@ -159,6 +159,11 @@ def test_mistakes_in_the_run_before_are_told_once_with_their_place(tmp_path: Pat
         "before.packing.capacity = 600 is below data.max_length = 1024: raise packing.capacity or set data.max_length "
         "<= 600 (recipe.yaml, line 9)",
     ]
+    rope = problems(write(tmp_path, TWO_STAGES), "model.rope={scaling: base, window: 1024}")
+    assert rope == [
+        "model.rope.scaling = base would extend the context in the run before and again in this one: move model.rope "
+        "to before.model.rope"
+    ]
     assert problems(recipe, "before=4") == ["before = 4: input should be a valid dictionary (override before=4)"]
 
 
