@@ -137,7 +137,7 @@ def _from_recipe(arguments: argparse.Namespace) -> str:
         )
     table = _table(asked, beside, settings, arguments.tflops, "")
     memory = [as_text(made, took, arguments.tflops)] if made else []
-    return "\n\n".join([table, "\n".join(lines), *memory])
+    return "\n\n".join([table, *memory, "\n".join(lines)])
 
 
 def _changed(settings: PlanSettings, arguments: argparse.Namespace) -> PlanSettings:

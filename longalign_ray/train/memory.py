@@ -17,8 +17,8 @@ from longalign_ray.train.model_shape import ModelShape
 
 GPU_FIXED = 8e9
 """Bytes of the CUDA context, communication buffers and fragments."""
-CPU_FIXED = 0.43e9
-"""Bytes of a process that has loaded torch and transformers and built a model."""
+CPU_FIXED = 0.68e9
+"""Bytes of a Ray worker that has loaded torch, transformers, DeepSpeed and the data reader."""
 GPU_MARGIN = 1.05
 USABLE = 75 / 80
 """Share of a card that a forecast may fill."""
@@ -127,20 +127,25 @@ def memory_terms(shape: ModelShape, *, tokens_per_rank: float, levers: Levers) -
     updates the weights themselves: 8N. An optimizer on the host takes 16N/R there (fp32 gradients too) and, from stage
     2 on, the gradients along; parameters on the host take w N/R.
 
-    Without gradient checkpointing every layer keeps w(3a + 2kv + 4f) t of projections and 24 h t of norms; seen on a
-    CPU only.
+    Without gradient checkpointing every layer keeps w(3a + 2kv) t of its attention, 4wf t of its MLP and 12 h t of the
+    norm before each, and its backward pass needs that much less; seen on a CPU only.
     """
     t, w, n, ranks = tokens_per_rank, levers.weight_bytes, shape.parameters, levers.ranks
     h, a, kv, f, stage = shape.hidden, shape.width, shape.kv_width, shape.mlp, levers.zero_stage
     parameters = w * n / (ranks if stage == 3 else 1)
     gradients = w * n / (ranks if stage >= 2 else 1)
     optimizer = 12 * n / ranks if stage >= 1 else (8 if w == 4 else 12) * n
-    checkpoints = shape.layers * t * (w * h if levers.gradient_checkpointing else w * (3 * a + 2 * kv + 4 * f) + 24 * h)
+    kept_attention = kept_mlp = 0.0
+    if not levers.gradient_checkpointing:
+        kept_attention, kept_mlp = (w * (3 * a + 2 * kv) + 12 * h) * t, (4 * w * f + 12 * h) * t
+    checkpoints = shape.layers * ((kept_attention + kept_mlp) or w * h * t)
     optimizer_off = levers.optimizer_on_host and levers.on_gpu
     parameters_off = levers.parameters_on_host and levers.on_gpu
     checkpoints_off = levers.checkpoints_on_host and levers.on_gpu
     gathered_kv = 2 * kv * max(1, levers.sp_degree / shape.kv_heads)  # heads are repeated until each rank has one
     norms = 4 * w * h * t
+    attention = (w * (7 * a + 2 * kv + gathered_kv) + (8 * a if shape.qk_norm else 0)) * t + norms
+    mlp = 5 * w * f * (min(t, h) if levers.tiled_mlp else t) + norms
     logits = t if levers.head_chunk is None else min(t, levers.head_chunk)
     return MemoryTerms(
         parameters=0 if parameters_off else parameters,
@@ -148,8 +153,8 @@ def memory_terms(shape: ModelShape, *, tokens_per_rank: float, levers: Levers) -
         optimizer=0 if optimizer_off else optimizer,
         gathered=w * (2 * shape.layer_parameters + shape.vocabulary * h) if stage == 3 else 0,
         checkpoints=0 if checkpoints_off else checkpoints,
-        attention=(w * (7 * a + 2 * kv + gathered_kv) + (8 * a if shape.qk_norm else 0)) * t + norms,
-        mlp=5 * w * f * (min(t, h) if levers.tiled_mlp else t) + norms,
+        attention=max(attention - kept_attention, 0.0),
+        mlp=max(mlp - kept_mlp, 0.0),
         head=12 * shape.vocabulary * logits,
         fixed=GPU_FIXED if levers.on_gpu else CPU_FIXED,
         host_parameters=parameters if parameters_off else 0,

@@ -194,7 +194,12 @@ def test_options_replace_what_the_recipe_says(recipe: Path, tmp_path: Path, caps
 def test_a_recipe_whose_corpus_is_not_tokenised(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", str(recipe), f"run_dir={tmp_path / 'other'}"]) == 1
-    assert "run `longalign prepare` first" in capsys.readouterr().err
+    assert main(["plan", str(recipe), f"run_dir={tmp_path / 'other'}"]) == 0
+    told = capsys.readouterr()
+    assert "run `longalign prepare` first" in told.err
+    assert told.out.startswith("Memory, forecast in GB for 512 tokens a rank")
+    assert "a step takes" not in told.out.lower()
+    assert main(["plan", str(recipe), f"run_dir={tmp_path / 'other'}", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["memory"]
     assert main(["plan", str(recipe), "--model", "config.json"]) == 2
     assert "model.path" in capsys.readouterr().err
