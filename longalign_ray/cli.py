@@ -78,7 +78,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--capacity", type=int, metavar="N", help="tokens that a rank holds in a micro-step")
     parser.add_argument("--world-size", type=int, metavar="R", help="ranks (--lengths: 8)")
     parser.add_argument("--micro-steps", type=int, metavar="K", help="micro-steps of an optimizer step (--lengths: 1)")
-    parser.add_argument("--sp", type=int, default=1, metavar="P", help="ranks that share a pack (1)")
+    parser.add_argument("--sp", type=int, metavar="P", help="ranks that share a pack (--lengths: 1)")
     parser.add_argument("--seed", type=int, metavar="S", help="seed of the order (--lengths: 0)")
     parser.add_argument("--strategy", choices=strategies, help="(--lengths: deal)")
     parser.add_argument("--balance", choices=("lock_step", "sums", "none"), help="(--lengths: lock_step)")
@@ -141,7 +141,7 @@ def _dry_run(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.recipe, arguments.overrides)
     states = stages.stage_states(config, RunDir(Path(config.run_dir)))
-    print(dump_config(config) + "\n" + "\n".join(f"{stage:<10} {state}" for stage, state in states))
+    print(dump_config(config) + "\n" + "\n".join(f"{stage:<18} {state}" for stage, state in states))
     return 0
 
 

@@ -52,7 +52,7 @@ def _from_lengths(arguments: argparse.Namespace) -> str:
             capacity=arguments.capacity,
             packs_per_step=world_size,
             world_size=world_size,
-            group_size=max(world_size // max(arguments.sp, 1), 1),
+            group_size=max(world_size // max(arguments.sp or 1, 1), 1),
         ),
         arguments,
     )
@@ -92,7 +92,7 @@ def _from_recipe(arguments: argparse.Namespace) -> str:
         raise ConfigError("--model goes with --lengths; a recipe names its model: model.path=...")
     config, run_dir = stages.open_run(arguments.recipe, arguments.overrides)
     model_dir = local_model_dir(config.model.path)
-    settings = _changed(plan_settings(config, world_size=config.train.num_workers), arguments)
+    settings = _changed(plan_settings(config, world_size=config.train.max_workers), arguments)
     model = model_shape(model_dir)
     shape = _shape(model)
     made = shape and forecast(shape, levers_of_recipe(config), settings, arguments)
@@ -130,7 +130,7 @@ def _from_recipe(arguments: argparse.Namespace) -> str:
         if world_size > max(settings.packs_per_step, settings.world_size):
             continue
         other = plan_for(config, index, model_dir, replace(settings, world_size=world_size))
-        mark = " <- recipe" if world_size == config.train.num_workers else ""
+        mark = " <- recipe" if world_size == config.train.max_workers else ""
         lines.append(
             f"{world_size:>6} {other.num_steps:>6} {other.shape[1]:>12} {other.num_packs:>7} {other.fill():>7.1%} "
             f"{other.imbalance():>13.3f}{mark}"

@@ -91,7 +91,7 @@ def levers_of_recipe(config: RunConfig) -> Levers:
 
         dtype = resolve_dtype(dtype, use_gpu=on_gpu)
     levers = Levers(
-        ranks=own.num_workers,
+        ranks=own.max_workers,
         zero_stage=own.zero_stage,
         gradient_checkpointing=own.gradient_checkpointing,
         head_chunk=own.head_chunk,

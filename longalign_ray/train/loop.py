@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import math
-import resource
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import distributed as dist
 
 from longalign_ray.config import TrainConfig
 from longalign_ray.data.packed import PackReader
-from longalign_ray.errors import LongAlignError
 from longalign_ray.train.batch import dummy_pack, to_batch
-from longalign_ray.train.engine import TrainEngine, all_reduce_sum
+from longalign_ray.train.engine import TrainEngine
+from longalign_ray.train.heldout import HeldoutLoss, heldout_loss, heldout_packs, is_due
+from longalign_ray.train.loss import step_totals
+from longalign_ray.train.loss_watch import LossWatch
+from longalign_ray.train.profiler import StepProfiler
 from longalign_ray.train.schedule import learning_rate
+from longalign_ray.train.throughput import StepClock, mfu, peak_flops, step_flops
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One row of metrics.jsonl. Sums and the loss are over all ranks; `rank_imbalance` is what the plan predicts."""
+    """One row of metrics.jsonl. Sums and the loss are over all ranks; seconds are those of the step alone.
+
+    `rank_imbalance` is what the plan predicts, `seen_imbalance` the same by the clock, None where it cannot be seen;
+    `mfu` is None where the device's peak is not known; `data_seconds`: the longest that a rank waited for its packs.
+    """
 
     step: int
     epoch: int
@@ -35,6 +42,16 @@ class StepMetrics:
     tokens_per_second: float
     rank_imbalance: float
     max_memory_gb: float
+    seen_imbalance: float | None = None
+    mfu: float | None = None
+    data_seconds: float = 0.0
+    heldout: HeldoutLoss | None = None
+    """Measured after the step, where it is due."""
+
+    def row(self) -> dict[str, Any]:
+        """The line of metrics.jsonl; the held-out loss only where it was measured."""
+        names = [field.name for field in fields(self) if field.name != "heldout"]
+        return {name: getattr(self, name) for name in names} | (self.heldout.row() if self.heldout else {})
 
 
 def train_loop(
@@ -43,29 +60,43 @@ def train_loop(
     config: TrainConfig,
     *,
     first_step: int = 0,
+    recent_losses: Iterable[float] = (),
+    profile_dir: Path = Path("profile"),
     on_step: Callable[[StepMetrics], None] = lambda metrics: None,
     on_checkpoint: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Runs steps first_step .. plan.num_steps - 1 of this rank.
 
     `on_step` gets the metrics, `on_checkpoint` the number of finished steps; both are called on every rank.
-    Raises LongAlignError, on every rank, where the loss is no longer a number.
+    `recent_losses` are those of the steps before first_step; traces of `profile_steps` go to `profile_dir`.
+    Raises LongAlignError, on every rank, where the loss is no longer a number or leaps by more than `max_loss_ratio`.
     """
     plan = packs.plan
-    rank, (num_steps, micro_steps, _) = dist.get_rank(), plan.shape
-    imbalance = plan.step_imbalance()
+    group, (num_steps, micro_steps, _) = engine.sequence_group, plan.shape
+    imbalance, totals = plan.step_imbalance(), step_totals(plan, packs.store.index, config.loss)
     num_tokens = plan.slot_tokens().sum(axis=(1, 2))
+    clock = StepClock(engine.module, engine.device, balance=plan.balance, zero_stage=config.zero_stage)
+    watch = LossWatch(packs, max_ratio=config.max_loss_ratio, recent=recent_losses)
+    shape = engine.module.model.config
+    frozen = config.adapter is not None
+    flops = step_flops(plan, hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, frozen=frozen)
+    peak = peak_flops(engine.device)
+    heldout = heldout_packs(packs) if config.heldout_every != 0 else None
+    profiler = StepProfiler(config.profile_steps, profile_dir)
     for step in range(first_step, num_steps):
+        profiler.start(step)
         started = time.perf_counter()
-        step_total = float((plan.num_sequences if config.loss == "sequence" else plan.sum_weights)[step])
+        clock.start_step()
+        step_total = float(totals[step])
         loss = torch.zeros((), device=engine.device)
         for micro_step in range(micro_steps):
-            pack = packs.pack(step, micro_step, rank) or dummy_pack()
-            batch = to_batch(pack, loss=config.loss, device=engine.device)
-            loss += engine.forward_backward(batch, step_total=step_total, last=micro_step == micro_steps - 1)
-        step_loss = all_reduce_sum(loss).item()
-        if not math.isfinite(step_loss):
-            raise LongAlignError(_describe_bad_step(step, step_loss, packs))
+            with clock.data():
+                pack = packs.pack(step, micro_step, group.number) or dummy_pack()
+                batch = to_batch(pack, loss=config.loss, device=engine.device, sequence_group=group)
+            with clock.compute():
+                loss += engine.forward_backward(batch, step_total=step_total, last=micro_step == micro_steps - 1)
+        ranks = clock.gather(loss)
+        step_loss = watch.check(step, ranks.losses)
         rate = learning_rate(
             step,
             num_steps,
@@ -75,6 +106,10 @@ def train_loop(
         )
         grad_norm = engine.step(rate)
         seconds = time.perf_counter() - started
+        profiler.stop(step, is_last=step + 1 == num_steps)
+        measured = None
+        if heldout is not None and is_due(step + 1, num_steps, config.heldout_every):
+            measured = heldout_loss(engine.module, heldout, device=engine.device, sequence_group=group)
         on_step(
             StepMetrics(
                 step=step,
@@ -88,28 +123,12 @@ def train_loop(
                 seconds=seconds,
                 tokens_per_second=float(num_tokens[step]) / seconds,
                 rank_imbalance=float(imbalance[step]),
-                max_memory_gb=_max_memory_bytes() / 1e9,
+                max_memory_gb=ranks.max_memory_gb,
+                seen_imbalance=ranks.seen_imbalance,
+                mfu=mfu(float(flops[step]), seconds, world_size=plan.world_size, peak=peak),
+                data_seconds=ranks.data_seconds,
+                heldout=measured,
             )
         )
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == num_steps:
             on_checkpoint(step + 1)
-
-
-def _max_memory_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _describe_bad_step(step: int, loss: float, packs: PackReader) -> str:
-    _, micro_steps, groups = packs.plan.shape
-    examples = [
-        f"rank {group}, micro-step {micro_step}: {', '.join(pack.example_ids)}"
-        for micro_step in range(micro_steps)
-        for group in range(groups)
-        if (pack := packs.pack(step, micro_step, group)) is not None
-    ]
-    return (
-        f"the loss of step {step} is {loss}; its examples were {'; '.join(examples)}. Lower train.learning_rate, or "
-        "look at these examples; the last checkpoint is from before this step"
-    )

@@ -26,6 +26,9 @@ LAYERS = {
     "train.loss": 4,
     "train.attention": 4,
     "train.schedule": 4,
+    "train.sequence_parallel": 4,
+    "train.ring_attention": 4,
+    "train.block_attention": 4,
     "train.throughput": 4,
     "train.model_shape": 3,
     "train.memory": 4,
@@ -39,6 +42,7 @@ LAYERS = {
     "construct.pipeline": 6,
     "data.pipeline": 6,
     "train.ray_train": 6,
+    "train.ray_checkpoints": 6,
     "serve.app": 6,
     "evaluate.runner": 6,
     "evaluate.report": 6,
@@ -50,7 +54,15 @@ LAYERS = {
     "cli": 7,
     "doctor": 7,
 }
-GLUE = ("construct.pipeline", "data.pipeline", "train.ray_train", "serve.app", "evaluate.runner", "evaluate.report")
+GLUE = (
+    "construct.pipeline",
+    "data.pipeline",
+    "train.ray_train",
+    "train.ray_checkpoints",
+    "serve.app",
+    "evaluate.runner",
+    "evaluate.report",
+)
 ALLOWED = {  # heavy package -> the only modules that may import it, even inside a function
     "ray": (*GLUE, "cli", "doctor", "stages"),
     "torch": ("train", "serve.engine", "serve.generate", "serve.transformers_engine", "model_source", "precision"),

@@ -1,0 +1,108 @@
+"""Run by test_adapters.py as each of two ranks: one step of a LoRA adapter under every ZeRO stage, and its checkpoint.
+
+Prints a JSON object: stage -> relative L2 error of the whole gradient against one sequence at a time in fp64.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import distributed as dist
+
+from longalign_ray.config import AdapterConfig, TrainConfig
+from longalign_ray.data.store import Example, Pack
+from longalign_ray.train.adapters import add_adapter, lora_config
+from longalign_ray.train.batch import dummy_pack, to_batch
+from longalign_ray.train.model import PackedLM, prepare_model, verify_isolation
+from tests.integration.watched_ranks import build, write_training
+
+ADAPTER = AdapterConfig(rank=4, alpha=12)
+PROBE = [5, 17, 33, 2, 60, 41, 8]
+
+
+def packed_model(dtype: torch.dtype, adapter: AdapterConfig = ADAPTER) -> PackedLM:
+    """The frozen model with an adapter whose B is not 0; the same numbers, rounded, in every precision."""
+    model = prepare_model(build(torch.float32, packed=True), gradient_checkpointing=True, head_chunk=8)
+    add_adapter(model, adapter, seed=1)
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.to(dtype)
+
+
+def one_at_a_time(examples: list[Example], adapter: AdapterConfig = ADAPTER) -> dict[str, torch.Tensor]:
+    """Gradient of Eq. 2 by peft's own model around plain transformers, one sequence at a time, in fp64."""
+    from peft import get_peft_model
+
+    model = get_peft_model(build(torch.float64, packed=False), lora_config(adapter))
+    own = {f"base_model.model.{name}": p for name, p in packed_model(torch.float64, adapter).model.named_parameters()}
+    model.load_state_dict({name: own[name] for name, _ in model.named_parameters()}, strict=False)
+    losses = []
+    for one in examples:
+        ids = torch.tensor(one.input_ids, dtype=torch.int64)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        weights = torch.tensor(one.loss_weight[1:], dtype=torch.float64)
+        losses.append((F.cross_entropy(logits, ids[1:], reduction="none") * weights).sum() / weights.sum())
+    torch.stack(losses).mean().backward()
+    prefix = "base_model."
+    return {name.removeprefix(prefix): p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step_error(stage: Literal[0, 1, 2, 3], packs: Any, expected: dict[str, torch.Tensor], directory: Path) -> float:
+    """Relative L2 error of the gradient; then one update, whose checkpoint and logits go to `directory`."""
+    from longalign_ray.train.checkpoint import TrainState
+    from longalign_ray.train.engine import TrainEngine
+
+    plan = packs.plan
+    config = TrainConfig(zero_stage=stage, adapter=ADAPTER)
+    engine = TrainEngine(packed_model(torch.float32), config, dtype="float32", micro_steps=plan.shape[1])
+    verify_isolation(engine.module, vocab_size=64, device="cpu")
+    for micro_step in range(plan.shape[1]):
+        pack = packs.pack(0, micro_step, dist.get_rank()) or dummy_pack()
+        total, last = float(plan.num_sequences[0]), micro_step == plan.shape[1] - 1
+        engine.forward_backward(to_batch(pack, loss="sequence"), step_total=total, last=last)
+    squared_error = squared_norm = 0.0
+    trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    assert set(trained) == set(expected)
+    for name, parameter in trained.items():
+        gradient = engine.full_gradient(parameter)
+        assert gradient is not None, name
+        squared_error += (gradient.double() - expected[name]).square().sum().item()
+        squared_norm += expected[name].square().sum().item()
+    engine.step(0.05)
+    with torch.no_grad():
+        probe = Example("probe", np.array(PROBE, np.int32), np.ones(len(PROBE), np.uint8))
+        hidden = engine.module.hidden_states(to_batch(Pack.of([probe]), loss="sequence"))
+        logits = engine.module.model.lm_head(hidden)
+    engine.save(directory)
+    if dist.get_rank() == 0:
+        TrainState(step=1, tokens_seen=0, plan_digest="", world_size=2, zero_stage=stage).save(directory)
+        torch.save(logits, directory / "logits.pt")
+    return (squared_error / squared_norm) ** 0.5
+
+
+def main(directory: Path) -> dict[int, float]:
+    own = directory / f"rank-{dist.get_rank()}"
+    own.mkdir()
+    packs = write_training(own, world_size=2)
+    rows = [row for group in range(2) for row in packs.plan.slot(0, 0, group).tolist()]
+    expected = one_at_a_time([packs.store.example(row) for row in rows])
+    errors = {}
+    for stage in (0, 1, 2, 3):
+        errors[stage] = step_error(stage, packs, expected, directory / f"stage-{stage}")
+    return errors
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    made = main(Path(sys.argv[1]))
+    print(json.dumps(made))
+    dist.destroy_process_group()
