@@ -53,9 +53,9 @@ class Uploads:
 
     def __init__(self, store: CheckpointStore, *, rank: int):
         self._store, self._rank = store, rank
-        # A name of its own for each run and rank: what a killed rank has left is found and removed.
-        self._directory = Path(tempfile.gettempdir()) / f"longalign-{digest(store.path)}-{rank}"
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._prefix = f"longalign-{digest(store.path)}-{rank}-"
+        for left in Path(tempfile.gettempdir()).glob(f"{self._prefix}*"):  # by a rank that was killed
+            shutil.rmtree(left, ignore_errors=True)
         self._idle = threading.Event()
         self._idle.set()
 
@@ -65,8 +65,7 @@ class Uploads:
         from ray.train import CheckpointUploadMode
 
         self._idle.wait()
-        directory = self._directory / str(state.step)
-        directory.mkdir(parents=True)
+        directory = Path(tempfile.mkdtemp(prefix=self._prefix))
         save(directory)
         self._idle.clear()
         ray.train.report(
