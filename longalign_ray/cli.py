@@ -19,7 +19,7 @@ HELP = {
     "run": "all stages in order, skipping those that are done",
     "construct": "make long instruction data from documents",
     "prepare": "tokenise the corpus, plan packs, write packed blocks",
-    "plan": "steps, fill and balance of a plan, beside the paper's and the naive one; from a recipe or from lengths",
+    "plan": "steps, balance, memory and time of a plan, before anything is trained; from a recipe or from lengths",
     "inspect": "show a prepared example with its targets coloured, or a pack with its boundaries",
     "train": "train; an interrupted run continues where it stopped",
     "export": "write the newest checkpoint as a Hugging Face directory",
@@ -78,12 +78,19 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--capacity", type=int, metavar="N", help="tokens that a rank holds in a micro-step")
     parser.add_argument("--world-size", type=int, metavar="R", help="ranks (--lengths: 8)")
     parser.add_argument("--micro-steps", type=int, metavar="K", help="micro-steps of an optimizer step (--lengths: 1)")
-    parser.add_argument("--sp", type=int, default=1, metavar="P", help="ranks that share a pack (1)")
+    parser.add_argument("--sp", type=int, metavar="P", help="ranks that share a pack (--lengths: 1)")
     parser.add_argument("--seed", type=int, metavar="S", help="seed of the order (--lengths: 0)")
     parser.add_argument("--strategy", choices=strategies, help="(--lengths: deal)")
     parser.add_argument("--balance", choices=("lock_step", "sums", "none"), help="(--lengths: lock_step)")
     parser.add_argument("--fill", type=float, metavar="F", help="share of the room that deal fills (0.9)")
     parser.add_argument("--tflops", type=float, default=200, metavar="T", help="TFLOP/s of a rank, assumed (200)")
+    parser.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="of a card (80)")
+    parser.add_argument("--host-memory", type=float, metavar="GB", help="of a node (1800; on CPUs this machine's)")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="ranks of a node (8; on CPUs all)")
+    parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="ZeRO stage of the forecast (--lengths: 3)")
+    parser.add_argument(
+        "--on-host", action="append", choices=("checkpoints", "optimizer", "parameters"), help="may be given again"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--out", metavar="plan.npz", help="write the plan")
 
@@ -134,7 +141,7 @@ def _dry_run(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.recipe, arguments.overrides)
     states = stages.stage_states(config, RunDir(Path(config.run_dir)))
-    print(dump_config(config) + "\n" + "\n".join(f"{stage:<10} {state}" for stage, state in states))
+    print(dump_config(config) + "\n" + "\n".join(f"{stage:<18} {state}" for stage, state in states))
     return 0
 
 

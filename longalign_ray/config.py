@@ -5,6 +5,7 @@ Paths are relative to the directory in which the command runs. Functions below t
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,30 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class RopeConfig(Section):
+    """Context extension: how the model's rotary embedding is changed for longer examples; see train/rope.py."""
+
+    scaling: Literal["none", "base", "linear", "yarn"] = "none"
+    """`base`: the base of its frequencies is multiplied by `factor`, as in the paper; `linear`: its positions are
+    divided by it; `yarn`: slow frequencies are divided, fast ones kept."""
+    factor: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] | None = None
+    """None: `window` over the model's own window t, and for `base` what dynamic NTK makes of it, t^(d / (d - 2)) with d
+    rotary dimensions. The paper's is 200 for `base` and 64k."""
+    window: PositiveInt | None = None
+    """Tokens that the model is to take; the exported model states them as its max_position_embeddings."""
+
+    @model_validator(mode="after")
+    def _window_given(self) -> RopeConfig:
+        if self.scaling == "none" and (self.factor, self.window) != (None, None):
+            raise ValueError("model.rope.factor or window is given without model.rope.scaling: set scaling=base")
+        if self.scaling != "none" and self.window is None:
+            raise ValueError(
+                f"model.rope.scaling = {self.scaling} needs model.rope.window, the tokens that the model is to take: "
+                "set it to data.max_length or more"
+            )
+        return self
+
+
 class ModelConfig(Section):
     """The model to align."""
 
@@ -37,6 +62,8 @@ class ModelConfig(Section):
     chat_template: str | None = None
     """Chat template in place of the tokenizer's own: `chatml`, `llama-2` or `chatglm3-rounds` (the LongAlign paper's
     formats), or a file with a Jinja template."""
+    rope: RopeConfig = RopeConfig()
+    """Context extension, for examples longer than the model was made for."""
 
 
 class ConstructConfig(Section):
@@ -208,7 +235,7 @@ class PackingConfig(Section):
     group_size: PositiveInt = 8
     """Examples of like length that `sorted` keeps together: one a rank."""
     capacity: PositiveInt = 4_096
-    """Tokens in a pack at most."""
+    """Tokens that a rank holds in a micro-step at most; a pack has this many for each of `train.sp_degree` ranks."""
     packs_per_step: PositiveInt = 8
     """Packs of one optimizer step over all ranks and micro-steps; independent of the number of ranks."""
     steps_per_file: PositiveInt | None = None
@@ -232,8 +259,12 @@ class AdapterConfig(Section):
 class TrainConfig(Section):
     """The optimizer run. Defaults are those of the LongAlign paper (section 4.1)."""
 
-    num_workers: PositiveInt = 2
-    """Training ranks, one device each."""
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 2
+    """Training ranks, one device each. `[fewest, most]`: as many as the cluster has room for; when that changes, Ray
+    Train goes on from the last checkpoint with the new number."""
+    sp_degree: PositiveInt = 1
+    """Ranks that share a pack by sequence parallelism. Each holds up to packing.capacity tokens of it, so an example
+    may have sp_degree * capacity. Divides num_workers; best a divisor of the model's attention heads as well."""
     cpus_per_worker: PositiveInt = 1
     """Logical CPUs of a rank; on a CPU-only machine also its number of threads."""
     use_gpu: bool = False
@@ -258,8 +289,10 @@ class TrainConfig(Section):
     """AdamW weight decay."""
     max_grad_norm: PositiveFloat = 1.0
     """Global gradient norm is clipped to this."""
-    loss: Literal["sequence", "token"] = "sequence"
-    """`sequence`: every sequence counts equally (Eq. 2/4); `token`: every target token of the step does."""
+    loss: Literal["sequence", "token", "pack", "sqrt"] = "sequence"
+    """`sequence`: every sequence counts equally (Eq. 2/4); `token`: every target token of the step does; `sqrt`: every
+    sequence by the root of its targets; `pack`: every pack (Eq. 3, the paper's packing without weighting, to compare
+    with: it favours long answers, and depends on how the examples were packed)."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass."""
     head_chunk: PositiveInt = 1_024
@@ -268,6 +301,11 @@ class TrainConfig(Section):
     """Optimizer steps between checkpoints; the last step always has one."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints kept."""
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest held-out loss as well, and export that one."""
+    checkpoint_storage: str | None = None
+    """Directory of this run's checkpoints in an object store, s3://bucket/path or gs://bucket/path; none: in run_dir.
+    A store that is not Amazon's or Google's own: see corpus.storage_endpoint."""
     max_failures: Count = 2
     """Times a lost worker group is restarted from its last checkpoint."""
     adapter: AdapterConfig | None = None
@@ -288,6 +326,51 @@ class TrainConfig(Section):
         if value is not None and value[0] > value[1]:
             raise ValueError(f"train.profile_steps = {list(value)} ends before it begins: give [first, last]")
         return value
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _some_ranks(cls, value: Any) -> Any:
+        pair = value if isinstance(value, list | tuple) else (value, value)
+        whole = all(isinstance(number, int) and not isinstance(number, bool) for number in pair)
+        if len(pair) != 2 or not whole or not 1 <= pair[0] <= pair[1]:
+            raise ValueError(
+                f"train.num_workers = {value!r}: give a whole number of ranks, 1 or more, or two, [fewest, most]"
+            )
+        return value
+
+    @field_validator("checkpoint_storage")
+    @classmethod
+    def _in_a_bucket(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"(s3|gs)://[^/]+/.*[^/].*", value):
+            raise ValueError(
+                f"train.checkpoint_storage = {value!r}: give a directory in a bucket, s3://bucket/path or "
+                "gs://bucket/path; without the setting the checkpoints are in run_dir"
+            )
+        return value
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> TrainConfig:
+        ranks, degree = self.max_workers, self.sp_degree
+        if degree > 1 and not isinstance(self.num_workers, int):
+            raise ValueError(
+                f"train.sp_degree = {degree} needs a fixed number of ranks, and train.num_workers = "
+                f"{list(self.num_workers)} lets it change: give one number, a multiple of {degree}"
+            )
+        if ranks % degree:
+            divisors = ", ".join(str(d) for d in range(1, ranks + 1) if ranks % d == 0)
+            raise ValueError(
+                f"train.sp_degree = {degree} does not divide train.num_workers = {ranks}: set train.sp_degree to one "
+                f"of {divisors}, or train.num_workers to a multiple of {degree}"
+            )
+        return self
 
 
 class ExportConfig(Section):
@@ -378,6 +461,10 @@ class RunConfig(Section):
     """Directory of every artefact of the run; on a cluster a shared file system."""
     seed: int = 0
     """Seed of every random choice."""
+    before: dict[str, Any] | None = None
+    """Settings of a run that comes first, in place of this recipe's, such as continual pre-training on plain text:
+    `{corpus: {paths: [books.jsonl]}, train: {epochs: 1}}`. Its exported model is where this recipe starts; each has its
+    own schedule. `corpus` and `mixture` are taken whole, of other sections what is named. Run directory: `before/`."""
     model: ModelConfig = ModelConfig()
     construct: ConstructConfig = ConstructConfig()
     corpus: CorpusConfig = CorpusConfig()
@@ -391,6 +478,11 @@ class RunConfig(Section):
     ray: RayConfig = RayConfig()
 
     @property
+    def first(self) -> RunConfig | None:
+        """The recipe of the run that comes before this one."""
+        return None if self.before is None else RunConfig.model_validate(tree_of_first(self.model_dump(mode="json")))
+
+    @property
     def balance(self) -> str:
         """`packing.balance`, with `auto` resolved."""
         if self.packing.balance != "auto":
@@ -399,9 +491,38 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _capacity_holds_longest(self) -> RunConfig:
-        if self.packing.capacity < self.data.max_length:
+        degree, room = self.train.sp_degree, self.packing.capacity * self.train.sp_degree
+        if room < self.data.max_length:
+            of_group = f" on each of train.sp_degree = {degree} ranks" if degree > 1 else ""
             raise ValueError(
-                f"packing.capacity = {self.packing.capacity} is below data.max_length = {self.data.max_length}: "
-                f"raise packing.capacity or set data.max_length <= {self.packing.capacity}"
+                f"packing.capacity = {self.packing.capacity}{of_group} is below data.max_length = "
+                f"{self.data.max_length}: raise packing.capacity or set data.max_length <= {room}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _window_holds_longest(self) -> RunConfig:
+        window = self.model.rope.window
+        if window is not None and window < self.data.max_length:
+            raise ValueError(
+                f"model.rope.window = {window} is below data.max_length = {self.data.max_length}: raise the window or "
+                f"set data.max_length <= {window}"
+            )
+        return self
+
+
+def tree_of_first(tree: dict[str, Any]) -> dict[str, Any]:
+    """The settings that `before` describes, of a recipe as a tree of sections."""
+
+    def merged(whole: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+        both = {
+            key: merged(whole[key], value) if isinstance(whole.get(key), dict) and isinstance(value, dict) else value
+            for key, value in part.items()
+        }
+        return whole | both
+
+    rest = {key: value for key, value in tree.items() if key != "before"}
+    before = tree["before"]
+    replaced = {key: {} for key in ("corpus", "mixture") if key in before}
+    place = {"run_dir": f"{tree['run_dir']}/before"} if "run_dir" in tree else {}
+    return merged(rest | replaced, before) | place

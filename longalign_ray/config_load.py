@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from longalign_ray.config import RunConfig
+from longalign_ray.config import RunConfig, tree_of_first
 from longalign_ray.errors import ConfigError
 
 KeyPath = tuple[str, ...]
@@ -51,7 +51,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply_override(tree, override, places, problems)
     config, wrong = _validate(tree, places)
-    problems += wrong
+    problems += wrong + _problems_of_first(tree, places)
     if problems or config is None:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"{len(problems)} problem(s) in the recipe {path}:\n{listing}")
@@ -85,6 +85,16 @@ def _validate(tree: dict[str, Any], places: dict[KeyPath, str]) -> tuple[RunConf
             if problem not in problems and not any(f"{n}.".startswith(f"{gone}.") for n in named for gone in left_out):
                 problems.append(problem)
     return None, problems
+
+
+def _problems_of_first(tree: dict[str, Any], places: dict[KeyPath, str]) -> list[str]:
+    """What is wrong with the recipe that `before` describes; what it shares with the whole is reported there."""
+    if not isinstance(tree.get("before"), dict):
+        return []
+    own = {path[1:]: place for path, place in places.items() if path[0] == "before"}
+    problems = _validate(tree_of_first(tree), places | own)[1]
+    shared = _validate({key: value for key, value in tree.items() if key != "before"}, places)[1]
+    return [f"before.{problem}" for problem in problems if problem not in shared]
 
 
 def _remove(tree: Any, location: tuple[int | str, ...]) -> str:

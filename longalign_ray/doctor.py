@@ -104,7 +104,7 @@ def check_cpus(config: RunConfig | None) -> Check:
     """Logical CPUs for the training ranks; with fewer, Ray would wait for a bigger machine for ever."""
     machine = len(os.sched_getaffinity(0))
     logical = (config.ray.num_cpus if config else None) or machine
-    needed = config.train.num_workers * config.train.cpus_per_worker if config else 1
+    needed = config.train.min_workers * config.train.cpus_per_worker if config else 1
     detail = f"{machine} CPUs" + (f", {needed} of {logical} logical ones for training" if config else "")
     return Check("CPUs", logical >= needed, detail, f"lower train.num_workers or set ray.num_cpus={needed}")
 
@@ -145,7 +145,7 @@ def check_disk(run_dir: Path) -> Check:
 
 def check_gpu(config: RunConfig | None) -> Check:
     """GPUs and their attention kernel, where the recipe asks for them; torch is asked in a process of its own."""
-    needed = config.train.num_workers if config and config.train.use_gpu else int(bool(config and config.serve.use_gpu))
+    needed = config.train.min_workers if config and config.train.use_gpu else int(bool(config and config.serve.use_gpu))
     if needed == 0 and shutil.which("nvidia-smi") is None:
         return Check("GPU", True, "none, and none is needed")
     try:

@@ -6,20 +6,24 @@ import argparse
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from longalign_ray.data.cost import LLAMA_2_7B, SequenceCost, sequence_cost
+from longalign_ray.data.cost import LLAMA_2_7B, sequence_cost
 from longalign_ray.data.make_plan import PlanSettings
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.plan_file import PlanWriter
 from longalign_ray.data.plan_groups import GROUP, GroupPlan, plan_groups, seeded_rows
 from longalign_ray.data.plan_score import PlanScore, score, warm_up
 from longalign_ray.errors import ConfigError, LongAlignError
+from longalign_ray.plan_memory import Forecast, Times, as_json, as_text, forecast, levers_of_recipe, times
+from longalign_ray.train.memory import Levers
+from longalign_ray.train.model_shape import LLAMA_2_7B as LLAMA_2_7B_SHAPE
+from longalign_ray.train.model_shape import ModelShape
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +52,14 @@ def _from_lengths(arguments: argparse.Namespace) -> str:
             capacity=arguments.capacity,
             packs_per_step=world_size,
             world_size=world_size,
-            group_size=max(world_size // max(arguments.sp, 1), 1),
+            group_size=max(world_size // max(arguments.sp or 1, 1), 1),
         ),
         arguments,
     )
-    cost = _cost_of(arguments.model) or LLAMA_2_7B
+    model = None if arguments.model is None else _read_config(arguments.model)
+    cost = LLAMA_2_7B if model is None else sequence_cost(model)
+    shape = LLAMA_2_7B_SHAPE if model is None else _shape(model)
+    made = shape and forecast(shape, Levers(), settings, arguments)
     others = [replace(settings, strategy=strategy, balance=balance) for strategy, balance, _ in BESIDE]
     for each in (settings, *others):
         warm_up(lengths, each, cost)
@@ -60,15 +67,19 @@ def _from_lengths(arguments: argparse.Namespace) -> str:
     asked = score(plan_groups(lengths, settings, cost=cost), settings, arguments.tflops, writer)
     sample = lengths if len(lengths) <= GROUP else lengths[seeded_rows(0, GROUP, len(lengths), settings.seed)]
     beside = [score(plan_groups(sample, other, cost=cost), other, arguments.tflops) for other in others]
+    room = settings.capacity * settings.sp_degree
+    longest = int(np.max(lengths, where=lengths <= room, initial=0))
+    took = made and times(made, asked, settings, cost=cost, longest=longest, tflops=arguments.tflops)
     if arguments.json:
-        return _json(asked, beside)
+        return _json(asked, beside, made, took)
     if asked.dropped:
         logger.warning(
             "%d of %d lengths are left out: below 1 or above %d tokens",
-            asked.dropped, len(lengths), settings.capacity * settings.sp_degree,
+            asked.dropped, len(lengths), room,
         )  # fmt: skip
     note = "" if sample is lengths else f"The last two rows: of {GROUP:,} sequences, drawn by seed."
-    return _table(asked, beside, settings, arguments.tflops, note)
+    table = _table(asked, beside, settings, arguments.tflops, note)
+    return "\n\n".join([table, *([as_text(made, took, arguments.tflops)] if made else [])])
 
 
 def _from_recipe(arguments: argparse.Namespace) -> str:
@@ -80,12 +91,20 @@ def _from_recipe(arguments: argparse.Namespace) -> str:
     if arguments.model is not None:
         raise ConfigError("--model goes with --lengths; a recipe names its model: model.path=...")
     config, run_dir = stages.open_run(arguments.recipe, arguments.overrides)
-    if not (run_dir.store / "index.parquet").exists():
-        raise LongAlignError(f"{run_dir.store} does not exist: run `longalign prepare` first, or give --lengths")
-    index = ExampleIndex.load(run_dir.store / "index.parquet")
     model_dir = local_model_dir(config.model.path)
-    settings = _changed(plan_settings(config, world_size=config.train.num_workers), arguments)
-    model_shape(model_dir)  # raises where there is no cost to count by
+    settings = _changed(plan_settings(config, world_size=config.train.max_workers), arguments)
+    model = model_shape(model_dir)
+    shape = _shape(model)
+    made = shape and forecast(shape, levers_of_recipe(config), settings, arguments)
+    if not (run_dir.store / "index.parquet").exists():
+        if made is None:
+            raise LongAlignError(f"{run_dir.store} does not exist: run `longalign prepare` first, or give --lengths")
+        logger.warning(
+            "%s does not exist, so the lengths are not known and only the memory of full packs is told: run `longalign "
+            "prepare` first, or give --lengths", run_dir.store,
+        )  # fmt: skip
+        return json.dumps({"memory": as_json(made, None)}, indent=2) if arguments.json else as_text(made, None, 0)
+    index = ExampleIndex.load(run_dir.store / "index.parquet")
 
     def scored(settings: PlanSettings) -> tuple[PlanScore, StepPlan]:
         plans: list[StepPlan] = []
@@ -101,20 +120,24 @@ def _from_recipe(arguments: argparse.Namespace) -> str:
     if arguments.out:
         plan.save(Path(arguments.out))
     beside = [scored(replace(settings, strategy=s, balance=b))[0] for s, b, _ in BESIDE]
+    longest = int(plan.lengths.max())
+    took = made and times(made, asked, settings, cost=sequence_cost(model), longest=longest, tflops=arguments.tflops)
     if arguments.json:
-        return _json(asked, beside)
+        return _json(asked, beside, made, took)
     sizes = sorted({settings.world_size, *(settings.sp_degree * 2**power for power in range(4))})
     lines = [f"{'ranks':>6} {'steps':>6} {'micro-steps':>12} {'packs':>7} {'fill':>7} {'time / ideal':>13}"]
     for world_size in sizes:
         if world_size > max(settings.packs_per_step, settings.world_size):
             continue
         other = plan_for(config, index, model_dir, replace(settings, world_size=world_size))
-        mark = " <- recipe" if world_size == config.train.num_workers else ""
+        mark = " <- recipe" if world_size == config.train.max_workers else ""
         lines.append(
             f"{world_size:>6} {other.num_steps:>6} {other.shape[1]:>12} {other.num_packs:>7} {other.fill():>7.1%} "
             f"{other.imbalance():>13.3f}{mark}"
         )
-    return _table(asked, beside, settings, arguments.tflops, "") + "\n\n" + "\n".join(lines)
+    table = _table(asked, beside, settings, arguments.tflops, "")
+    memory = [as_text(made, took, arguments.tflops)] if made else []
+    return "\n\n".join([table, "\n".join(lines), *memory])
 
 
 def _changed(settings: PlanSettings, arguments: argparse.Namespace) -> PlanSettings:
@@ -159,19 +182,30 @@ def _read_lengths(path: Path) -> np.ndarray:
     return lengths
 
 
-def _cost_of(model: str | None) -> SequenceCost | None:
-    if model is None:
-        return None
+def _read_config(model: str) -> dict[str, Any]:
+    """The config.json that is, or lies in, `model`. Raises ConfigError where it is none of a decoder."""
     path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
     try:
-        return sequence_cost(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        sequence_cost(read)
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ConfigError(f"--model {path} does not describe a decoder ({error}); give its config.json") from error
+    return read
 
 
-def _json(asked: PlanScore, beside: list[PlanScore]) -> str:
+def _shape(model: Mapping[str, Any]) -> ModelShape | None:
+    """None, with a warning, for a model whose balance can be told but whose memory cannot, such as one of experts."""
+    try:
+        return ModelShape.of(model)
+    except ConfigError as error:
+        logger.warning("no forecast of memory: %s", error)
+        return None
+
+
+def _json(asked: PlanScore, beside: list[PlanScore], made: Forecast | None, took: Times | None) -> str:
+    memory = as_json(made, took) if made else None
     others: list[dict[str, Any]] = [dataclasses.asdict(other) for other in beside]
-    return json.dumps({**dataclasses.asdict(asked), "beside": others}, indent=2)
+    return json.dumps({**dataclasses.asdict(asked), "beside": others, "memory": memory}, indent=2)
 
 
 def _table(asked: PlanScore, beside: list[PlanScore], settings: PlanSettings, tflops: float, note: str) -> str:

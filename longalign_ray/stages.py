@@ -19,7 +19,7 @@ from typing import Any
 
 from longalign_ray.config import DEFAULT_SOURCE, RunConfig, SourceConfig
 from longalign_ray.config_load import dump_config, load_config
-from longalign_ray.errors import ConfigError, LongAlignError
+from longalign_ray.errors import CheckpointError, ConfigError, LongAlignError
 from longalign_ray.model_source import local_model_dir
 from longalign_ray.run_dir import STAGES, Manifest, RunDir, digest
 
@@ -27,12 +27,21 @@ logger = logging.getLogger(__name__)
 
 WATCHING = ("heldout_every", "max_loss_ratio", "profile_steps", "sinks")
 """Settings of `train` that change no weight: a run may continue with others."""
+RESUMES_WITH_OTHER = (
+    "num_workers", "cpus_per_worker", "use_gpu", "zero_stage", "offload_optimizer", "gradient_checkpointing",
+    "head_chunk", "checkpoint_every", "keep_checkpoints", "keep_best", "checkpoint_storage", "max_failures", *WATCHING,
+)  # fmt: skip
+"""Settings of `train` that an interrupted run may change and still continue: the steps stay the same."""
 PACKAGES = ("longalign_ray", "ray", "torch", "transformers", "deepspeed", "pyarrow")
 
 
 def open_run(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, RunDir]:
     """Loads the recipe, makes its run directory and saves the resolved config there."""
-    config = load_config(recipe, overrides)
+    return open_run_of(load_config(recipe, overrides))
+
+
+def open_run_of(config: RunConfig) -> tuple[RunConfig, RunDir]:
+    """The same for a recipe that is loaded."""
     run_dir = RunDir(Path(config.run_dir))
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not run_dir.root.is_absolute():
         raise ConfigError(
@@ -105,8 +114,10 @@ def prepare(config: RunConfig, run_dir: RunDir) -> Manifest:
     corpus = corpus_sources(config, run_dir)
 
     def work() -> Manifest:
+        model_dir = starting_model(config, run_dir)
+        _check_window(config, model_dir)
         connect_ray(config)
-        made = build(config, run_dir, model_dir=local_model_dir(config.model.path), corpus=corpus)
+        made = build(config, run_dir, model_dir=model_dir, corpus=corpus)
         outputs = [run_dir.store, run_dir.plan, run_dir.packed]
         inputs = [path for source in corpus.values() for path in source.paths]
         return _manifest(config, run_dir, "prepare", inputs, outputs, made.counts, made.dropped_by_reason)
@@ -116,29 +127,34 @@ def prepare(config: RunConfig, run_dir: RunDir) -> Manifest:
 
 def train(config: RunConfig, run_dir: RunDir) -> Manifest:
     """Trains from the packed blocks; an interrupted run continues from its newest checkpoint."""
-    from longalign_ray.data.pipeline import plan_for, plan_settings
+    from longalign_ray.data.pipeline import model_shape, plan_for, plan_settings
     from longalign_ray.data.plan import StepPlan
     from longalign_ray.data.store import ExampleIndex
     from longalign_ray.logs import read_metrics
     from longalign_ray.train import ray_train
+    from longalign_ray.train.sequence_parallel import check_model
 
     _need(run_dir.plan, "prepare")
 
     def work() -> Manifest:
-        model_dir = local_model_dir(config.model.path)
+        model_dir = starting_model(config, run_dir)
+        check_model(model_shape(model_dir), config.train.sp_degree)
         _check_disk(config, run_dir, model_dir)
-        plan, ranks = StepPlan.load(run_dir.plan), config.train.num_workers
-        if (plan.world_size, plan.balance) != (ranks, config.balance):
+        _check_window(config, model_dir)
+        plan, ranks = StepPlan.load(run_dir.plan), config.train.max_workers
+        if (plan.world_size, plan.sp_degree, plan.balance) != (ranks, config.train.sp_degree, config.balance):
             index = ExampleIndex.load(run_dir.store / "index.parquet")
             settings = plan_settings(config, world_size=ranks, strategy=plan.strategy)
-            plan_for(config, index, model_dir, settings).save(run_dir.plan)
-            logger.info("train: planned anew for %d ranks; the steps stay the same", ranks)
+            anew = plan_for(config, index, model_dir, settings)
+            anew.save(run_dir.plan)
+            steps = "stay the same" if anew.digest == plan.digest else "change"
+            logger.info("train: planned anew for %d ranks, %d a pack; the steps %s", ranks, anew.sp_degree, steps)
         mark = run_dir.root / "train" / "config_digest"
-        current = stage_digest(config, run_dir, "train")
-        if not mark.exists() or mark.read_text(encoding="utf-8") != current:
-            ray_train.clear_training(run_dir)
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.write_text(current, encoding="utf-8")
+        current = _resume_digest(config, run_dir)
+        if mark.exists() and mark.read_text(encoding="utf-8") != current:
+            ray_train.clear_training(config, run_dir)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(current, encoding="utf-8")
         connect_ray(config)
         checkpoint = ray_train.train(config, run_dir, model_dir=model_dir)
         rows = read_metrics(run_dir.metrics)
@@ -149,26 +165,38 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
             "first_loss": rows[0]["loss"],
             "last_loss": rows[-1]["loss"],
         }
-        return _manifest(config, run_dir, "train", [run_dir.plan], [run_dir.metrics, checkpoint], counts, {})
+        outputs = [run_dir.metrics, *([] if config.train.checkpoint_storage else [Path(checkpoint)])]
+        return _manifest(config, run_dir, "train", [run_dir.plan], outputs, counts, {})
 
     return _stage(config, run_dir, "train", work)
 
 
 def export(config: RunConfig, run_dir: RunDir) -> Manifest:
-    """The newest checkpoint as a Hugging Face directory, `model/` of the run."""
-    from longalign_ray.train.checkpoint import export_model, newest_checkpoint
+    """The newest whole checkpoint, or with `train.keep_best` the best, in Hugging Face layout: `model/` of the run."""
+    from longalign_ray.train.checkpoint import export_model
+    from longalign_ray.train.ray_checkpoints import checkpoint_store
 
     def work() -> Manifest:
-        checkpoint = newest_checkpoint(run_dir.checkpoints)
-        base = local_model_dir(config.model.path)
+        store = checkpoint_store(config, run_dir)
+        stored = store.newest(best=config.train.keep_best)
+        if stored is None:
+            raise CheckpointError(f"no finished checkpoint below {store.path}; run `longalign train` first")
+        base = starting_model(config, run_dir)
         dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
         if run_dir.model.exists():
             shutil.rmtree(run_dir.model)  # the other form of an adapter leaves files of other names
-        num_parameters = export_model(
-            checkpoint, base, run_dir.model, dtype=dtype, adapter=config.train.adapter, form=config.export.adapter
-        )
-        counts = {"parameters": num_parameters}
-        return _manifest(config, run_dir, "export", [checkpoint], [run_dir.model], counts, {})
+        with store.local_copy(stored.name) as directory:
+            num_parameters = export_model(
+                directory,
+                base,
+                run_dir.model,
+                dtype=dtype,
+                rope=config.model.rope,
+                adapter=config.train.adapter,
+                form=config.export.adapter,
+            )
+        counts = {"parameters": num_parameters, "steps": stored.state.step}
+        return _manifest(config, run_dir, "export", [store.path_of(stored.name)], [run_dir.model], counts, {})
 
     return _stage(config, run_dir, "export", work)
 
@@ -243,11 +271,34 @@ def report(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
 
 def run(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
     """Every stage in order; returns the summary of the report."""
+    if (first := config.first) is not None:
+        _, first_dir = open_run_of(first)
+        logger.info("before: %s", first_dir.root)
+        _make_model(first, first_dir)
+    _make_model(config, run_dir)
+    evaluate(config, run_dir)
+    return report(config, run_dir)
+
+
+def _make_model(config: RunConfig, run_dir: RunDir) -> None:
     if not config.corpus.named:
         construct(config, run_dir)
-    for stage in (prepare, train, export, evaluate):
+    for stage in (prepare, train, export):
         stage(config, run_dir)
-    return report(config, run_dir)
+
+
+def starting_model(config: RunConfig, run_dir: RunDir) -> Path:
+    """Directory of the model that training starts from: the recipe's, or what the run before it has exported."""
+    if config.before is None:
+        return local_model_dir(config.model.path)
+    model = first_run_dir(run_dir).model
+    _need(model / "config.json", "run")
+    return model
+
+
+def first_run_dir(run_dir: RunDir) -> RunDir:
+    """Where the run that comes before the one of `run_dir` has its artefacts."""
+    return RunDir(run_dir.root / "before")
 
 
 def corpus_sources(config: RunConfig, run_dir: RunDir) -> dict[str, SourceConfig]:
@@ -280,8 +331,19 @@ def stage_digest(config: RunConfig, run_dir: RunDir, stage: str) -> str:
     upstream = {"prepare": "construct", "train": "prepare", "export": "train", "evaluate": "export"}.get(stage)
     if stage == "prepare" and config.corpus.named:
         upstream = None
-    manifest = Manifest.load(run_dir.manifest(upstream)) if upstream else None
-    return digest(stage, config.seed, sections[stage], manifest.config_digest if manifest else None)
+    above = [run_dir.manifest(upstream)] if upstream else []
+    if stage == "prepare" and config.before is not None:
+        above.append(first_run_dir(run_dir).manifest("export"))
+    manifests = [Manifest.load(path) for path in above]
+    return digest(stage, config.seed, sections[stage], [made.config_digest if made else None for made in manifests])
+
+
+def _resume_digest(config: RunConfig, run_dir: RunDir) -> str:
+    """Digest of what must stay as it was for training to continue: all but where it runs and what it leaves behind."""
+    same = config.train.model_dump(mode="json", exclude=set(RESUMES_WITH_OTHER))
+    return digest(
+        "train", config.seed, same, getattr(Manifest.load(run_dir.manifest("prepare")), "config_digest", None)
+    )
 
 
 def is_done(config: RunConfig, run_dir: RunDir, stage: str) -> Manifest | None:
@@ -296,6 +358,9 @@ def stage_states(config: RunConfig, run_dir: RunDir) -> list[tuple[str, str]]:
     """What `run` would do: each stage with `done`, `to do`, or why it is left out."""
     states = []
     stale = False
+    if (first := config.first) is not None:
+        states = [(f"before: {name}", state) for name, state in stage_states(first, first_run_dir(run_dir))[:4]]
+        stale = any(state == "to do" for _, state in states)
     for stage in STAGES[:-1]:
         if stage == "construct" and config.corpus.named:
             states.append((stage, f"not needed: corpus.{'paths' if config.corpus.paths else 'sources'} is given"))
@@ -374,8 +439,17 @@ def _corpus_state(config: RunConfig) -> list[Any]:
     return [*states, *evaluation_state(config.data.decontaminate.paths, endpoint=endpoint)]
 
 
+def _check_window(config: RunConfig, model_dir: Path) -> None:
+    from longalign_ray.train.rope import check_window
+
+    one_per_pack = config.packing.strategy in ("sorted", "naive")
+    check_window(model_dir, config.model.rope, max_length=config.data.max_length, one_per_pack=one_per_pack)
+
+
 def _check_disk(config: RunConfig, run_dir: RunDir, model_dir: Path) -> None:
     """A checkpoint holds fp32 weights, their master copy and two moments: 16 bytes a parameter at most."""
+    if config.train.checkpoint_storage is not None:
+        return
     weights = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
     stored = json.loads((model_dir / "config.json").read_text(encoding="utf-8")).get("dtype")
     needed = 16 * weights // (4 if stored == "float32" else 2) * (config.train.keep_checkpoints + 1)

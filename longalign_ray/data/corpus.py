@@ -106,9 +106,13 @@ def _cut_lines(file: CorpusFile, slice_bytes: int) -> list[CorpusSlice]:
     slices: list[CorpusSlice] = []
     start, line = 0, 1
     with open_random(file) as stream:
-        while chunk := stream.read(slice_bytes):
-            end, breaks = start + len(chunk), chunk.count(b"\n")
-            if not chunk.endswith(b"\n"):  # up to the end of the line that the cut went through
+        while True:
+            end, breaks, last = start, 0, b""
+            while chunk := stream.read(min(CHUNK_BYTES, start + slice_bytes - end)):
+                end, breaks, last = end + len(chunk), breaks + chunk.count(b"\n"), chunk[-1:]
+            if not last:
+                return slices
+            if last != b"\n":  # up to the end of the line that the cut went through
                 while tail := stream.read(TAIL_BYTES):
                     length = tail.find(b"\n") + 1
                     end += length or len(tail)
@@ -118,7 +122,6 @@ def _cut_lines(file: CorpusFile, slice_bytes: int) -> list[CorpusSlice]:
                 stream.seek(end)
             slices.append(_slice(file, start, end, line))
             start, line = end, line + breaks
-    return slices
 
 
 def _row_groups(file: CorpusFile) -> list[CorpusSlice]:

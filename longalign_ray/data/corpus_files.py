@@ -69,13 +69,13 @@ def corpus_files(patterns: Sequence[str], *, endpoint: str | None = None) -> lis
 
 def open_random(file: CorpusFile) -> pa.NativeFile:
     """The file as it is stored, to be read from any position."""
-    system, path = _file_system(file.path, file.endpoint)
+    system, path = file_system(file.path, file.endpoint)
     return system.open_input_file(path)
 
 
 def open_plain(file: CorpusFile) -> pa.NativeFile:
     """The file's bytes from its beginning, decompressed as they are read."""
-    system, path = _file_system(file.path, file.endpoint)
+    system, path = file_system(file.path, file.endpoint)
     return system.open_input_stream(path, compression=file.compression)
 
 
@@ -146,7 +146,7 @@ def _local_state(path: str) -> tuple[str, int, str]:
 def _remote_infos(pattern: str, endpoint: str | None) -> list[tuple[str, str, int, str]]:
     """Address, problem, size and version of what the pattern matches, sorted by name."""
     scheme = pattern.partition("://")[0]
-    system, path = _file_system(pattern, endpoint)
+    system, path = file_system(pattern, endpoint)
     if not glob.has_magic(path):
         return [(pattern, *_remote_state(system.get_file_info(path)))]
     base = path[: re.search(r"[*?[]", path).start()].rpartition("/")[0]  # type: ignore[union-attr]
@@ -174,7 +174,8 @@ def _glob_match(names: Sequence[str], patterns: Sequence[str]) -> bool:
     return fnmatchcase(names[0], patterns[0]) and _glob_match(names[1:], patterns[1:])
 
 
-def _file_system(path: str, endpoint: str | None) -> tuple[fs.FileSystem, str]:
+def file_system(path: str, endpoint: str | None) -> tuple[fs.FileSystem, str]:
+    """Where the address leads, and the path there; `endpoint` is that of an object store."""
     scheme, found, rest = path.partition("://")
     if not found:
         return fs.LocalFileSystem(), path

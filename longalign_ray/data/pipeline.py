@@ -58,7 +58,7 @@ def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Mapp
     table, counts, dropped = _write_store(config, run_dir, model_dir, corpus)
     index, counts["duplicate_ids"] = _index(table, config.data, config.seed)
     index.save(run_dir.store / "index.parquet")
-    plan = plan_for(config, index, model_dir, plan_settings(config, world_size=config.train.num_workers))
+    plan = plan_for(config, index, model_dir, plan_settings(config, world_size=config.train.max_workers))
     plan.save(run_dir.plan)
     steps_per_file = config.packing.steps_per_file or steps_for_block(plan)
     num_packs = _write_packed(run_dir, plan, steps_per_file=steps_per_file)
@@ -101,6 +101,7 @@ def plan_settings(config: RunConfig, *, world_size: int, strategy: str | None = 
         capacity=config.packing.capacity,
         packs_per_step=config.packing.packs_per_step,
         world_size=world_size,
+        sp_degree=config.train.sp_degree,
         fill=config.packing.fill,
         group_size=config.packing.group_size,
         seed=config.seed,

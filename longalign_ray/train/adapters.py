@@ -88,6 +88,6 @@ def load_adapter(
     with torch.no_grad():
         layers: list[Any] = [layer for layer in adapted.modules() if isinstance(layer, LoraLayer)]
         for layer in layers:
-            weight, delta = layer.get_base_layer().weight, layer.get_delta_weight(NAME)
-            weight.copy_((weight.float() + delta).to(weight.dtype))
+            weight = layer.get_base_layer().weight
+            weight.copy_((weight.float() + layer.get_delta_weight(NAME)).to(weight.dtype))
     return adapted.unload()

@@ -1,24 +1,25 @@
-"""Checkpoints: what stands beside DeepSpeed's shards, which one is newest, and the export to Hugging Face layout."""
+"""What stands beside DeepSpeed's shards in a checkpoint, and the export to Hugging Face layout."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import json
-import logging
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from longalign_ray.config import AdapterConfig
+from longalign_ray.config import AdapterConfig, RopeConfig
 from longalign_ray.errors import CheckpointError, PlanMismatchError
 from longalign_ray.run_dir import write_json
 from longalign_ray.train.engine import TAG, quiet_deepspeed
-
-logger = logging.getLogger(__name__)
+from longalign_ray.train.rope import model_config
 
 STATE_FILE = "state.json"
+
+
+FORMATS = {0: 0, 1: 1, 2: 1, 3: 3}  # by ZeRO stage: how DeepSpeed lays out its shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,44 +31,41 @@ class TrainState:
     plan_digest: str
     world_size: int
     zero_stage: int
+    heldout_loss: float | None = None
+    """Measured after this step, if it was."""
 
     def save(self, directory: Path) -> None:
         write_json(directory / STATE_FILE, dataclasses.asdict(self))
 
     @staticmethod
+    def parse(text: str | bytes) -> TrainState:
+        """Raises ValueError or TypeError where the text is no state."""
+        return TrainState(**json.loads(text))
+
+    @staticmethod
     def load(directory: Path) -> TrainState:
         """Raises CheckpointError where the directory holds no finished checkpoint."""
         try:
-            return TrainState(**json.loads((directory / STATE_FILE).read_text(encoding="utf-8")))
+            return TrainState.parse((directory / STATE_FILE).read_bytes())
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{directory} is no finished checkpoint ({error}); remove it") from error
 
-    def check(self, *, plan_digest: str, world_size: int, zero_stage: int) -> None:
-        """Raises where the checkpoint cannot continue this run exactly."""
+    def check(self, *, plan_digest: str, zero_stage: int) -> None:
+        """Raises where the checkpoint cannot continue this run, on however many ranks."""
         if self.plan_digest != plan_digest:
             raise PlanMismatchError(
                 f"the checkpoint of step {self.step} belongs to plan {self.plan_digest}, the recipe now makes plan "
                 f"{plan_digest}: restore the data settings, or start anew in another run_dir"
             )
-        if (self.world_size, self.zero_stage) != (world_size, zero_stage):
+        if FORMATS[self.zero_stage] != FORMATS[zero_stage]:
             raise CheckpointError(
-                f"the checkpoint of step {self.step} was written by {self.world_size} ranks with ZeRO-"
-                f"{self.zero_stage}, the recipe asks for {world_size} with ZeRO-{zero_stage}: set train.num_workers="
-                f"{self.world_size} train.zero_stage={self.zero_stage}"
+                f"the checkpoint of step {self.step} was written with ZeRO-{self.zero_stage}, which cannot be turned "
+                f"into ZeRO-{zero_stage}: set train.zero_stage={self.zero_stage}, or start anew in another run_dir"
             )
 
-
-def newest_checkpoint(directory: Path) -> Path:
-    """The finished checkpoint with the most steps below `directory`. Raises CheckpointError where there is none."""
-    finished = []
-    for state_file in directory.glob(f"*/{STATE_FILE}"):
-        try:
-            finished.append((TrainState.load(state_file.parent).step, state_file.parent))
-        except CheckpointError as error:
-            logger.warning("%s", error)
-    if not finished:
-        raise CheckpointError(f"no finished checkpoint below {directory}; run `longalign train` first")
-    return max(finished)[1]
+    def fits(self, *, world_size: int, zero_stage: int) -> bool:
+        """Whether DeepSpeed can load the shards as they are, without a conversion."""
+        return zero_stage == 0 or (self.world_size, self.zero_stage) == (world_size, zero_stage)
 
 
 def export_model(
@@ -76,13 +74,15 @@ def export_model(
     output_dir: Path,
     *,
     dtype: str,
+    rope: RopeConfig | None = None,
     adapter: AdapterConfig | None = None,
     form: Literal["merged", "adapter"] = "merged",
 ) -> int:
     """Writes the weights of a checkpoint as a Hugging Face directory with the base model's tokenizer.
 
-    Returns the number of parameters. The fp32 master weights are rounded once, to `dtype`. An adapter is merged into
-    the base model, or by `form` written alone in peft's layout, to be loaded with the base model and its tokenizer.
+    Returns the number of parameters. The fp32 master weights are rounded once, to `dtype`; the configuration carries
+    the `rope` that was trained with. An adapter is merged into the base model, or by `form` written alone in peft's
+    layout, to be loaded with the base model and its tokenizer.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -103,7 +103,9 @@ def export_model(
         weights = torch.load(file, map_location="cpu", weights_only=False)["module"]
     prefix = "model."  # the wrapper PackedLM holds the Hugging Face model under this name
     weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    model = AutoModelForCausalLM.from_pretrained(str(base_model_dir), dtype=DTYPES[dtype])
+    model = AutoModelForCausalLM.from_pretrained(
+        str(base_model_dir), config=model_config(base_model_dir, rope), dtype=DTYPES[dtype]
+    )
     if adapter is not None:
         model = load_adapter(model, weights, adapter, form=form)
     else:

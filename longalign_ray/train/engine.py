@@ -15,14 +15,17 @@ from longalign_ray.errors import CheckpointError
 from longalign_ray.train.batch import PackedBatch
 from longalign_ray.train.loss import backward_scale
 from longalign_ray.train.model import PackedLM
+from longalign_ray.train.sequence_parallel import check_model, join_groups
 
 logger = logging.getLogger(__name__)
 
 TAG = "deepspeed"  # sub-directory of a checkpoint that DeepSpeed fills
 
 
-def deepspeed_config(config: TrainConfig, *, dtype: str, micro_steps: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of a recipe."""
+def deepspeed_config(
+    config: TrainConfig, *, dtype: str, micro_steps: int, load_universal: bool = False
+) -> dict[str, Any]:
+    """The DeepSpeed configuration of a recipe; `load_universal`: it will load a converted checkpoint."""
     optimizer = {
         "lr": config.learning_rate,
         "betas": list(config.betas),
@@ -41,6 +44,7 @@ def deepspeed_config(config: TrainConfig, *, dtype: str, micro_steps: int) -> di
         "bf16": {"enabled": dtype == "bfloat16"},
         "optimizer": {"type": "AdamW", "params": optimizer},
         "zero_optimization": zero,
+        "checkpoint": {"load_universal": load_universal},
         "steps_per_print": 10**9,
     }
 
@@ -53,12 +57,19 @@ def quiet_deepspeed() -> None:
 
 
 class TrainEngine:
-    """One rank of a data-parallel world under DeepSpeed. Needs an initialised process group."""
+    """One rank of a data-parallel world under DeepSpeed. Needs an initialised process group.
 
-    def __init__(self, model: PackedLM, config: TrainConfig, *, dtype: str, micro_steps: int):
+    Ranks that share packs are data-parallel ranks to DeepSpeed, with a part of the loss each.
+    """
+
+    def __init__(
+        self, model: PackedLM, config: TrainConfig, *, dtype: str, micro_steps: int, load_universal: bool = False
+    ):
         quiet_deepspeed()
         import deepspeed
 
+        check_model(model.model.config, config.sp_degree)
+        self.sequence_group = join_groups(config.sp_degree, num_heads=model.model.config.num_attention_heads)
         if not torch.cuda.is_available():
             # The shared-memory collectives would be compiled at the first run; gloo needs no compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -66,7 +77,7 @@ class TrainEngine:
         self._engine: Any = deepspeed.initialize(
             model=model,
             model_parameters=cast(Any, [p for p in model.parameters() if p.requires_grad]),  # hinted as a Module
-            config=deepspeed_config(config, dtype=dtype, micro_steps=micro_steps),
+            config=deepspeed_config(config, dtype=dtype, micro_steps=micro_steps, load_universal=load_universal),
             dist_init_required=False,
         )[0]
         self.world_size = dist.get_world_size()
@@ -79,7 +90,7 @@ class TrainEngine:
     def forward_backward(self, batch: PackedBatch, *, step_total: float, last: bool) -> torch.Tensor:
         """Adds the gradient of one micro-step; returns this rank's share of the step's loss, detached.
 
-        step_total: M of Eq. 4 (or the weights of the step's targets). `last` marks the last micro-step before `step`.
+        step_total: M of Eq. 4, or what else the step's weights sum to. `last` marks the last micro-step before `step`.
         DeepSpeed's backward would also divide by the accumulation steps, which `scale_wrt_gas=False` turns off.
         """
         self._engine.set_gradient_accumulation_boundary(last)

@@ -16,6 +16,7 @@ from torch import nn
 from longalign_ray.data.make_plan import PlanSettings, make_plan
 from longalign_ray.data.packed import PackReader
 from longalign_ray.train.batch import dummy_pack, to_batch
+from longalign_ray.train.sequence_parallel import ALONE, SequenceGroup
 
 SHORTEST_BUCKET = 4_096
 
@@ -77,7 +78,9 @@ def heldout_packs(training: PackReader) -> PackReader | None:
 
 
 @torch.no_grad()
-def heldout_loss(module: nn.Module, packs: PackReader, *, device: torch.device | str = "cpu") -> HeldoutLoss:
+def heldout_loss(
+    module: nn.Module, packs: PackReader, *, device: torch.device | str = "cpu", sequence_group: SequenceGroup = ALONE
+) -> HeldoutLoss:
     """The losses under the weights as they are, alike on every rank (collective).
 
     `module` is a PackedLM. Each rank adds what it computed of each example to float64[H], whose sum over the ranks is
@@ -92,10 +95,11 @@ def heldout_loss(module: nn.Module, packs: PackReader, *, device: torch.device |
     for step in range(plan.num_steps):
         for micro_step in range(plan.shape[1]):
             pack = packs.pack(step, micro_step, group)
-            batch = to_batch(pack or dummy_pack(), loss="token", device=device)
+            batch = to_batch(pack or dummy_pack(), loss="token", device=device, sequence_group=sequence_group)
             losses_N = module(batch, reduce=False).double() * batch.weights_N
             if pack is not None:
-                sequence_N = torch.bucketize(batch.target_positions_N, batch.cu_seqlens[1:], right=True)
+                sequence_N = torch.bucketize(batch.pack_positions_N, batch.cu_seqlens[1:], right=True)
+                sequence_N.clamp_(max=len(pack.example_ids) - 1)  # padding, whose weight is 0, is no example
                 first = int(plan.offsets[(step * plan.shape[1] + micro_step) * plan.shape[2] + group])
                 sums_H.index_add_(0, first + sequence_N, losses_N)
     module.train(was_training)

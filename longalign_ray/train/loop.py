@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed as dist
 
 from longalign_ray.config import TrainConfig
 from longalign_ray.data.packed import PackReader
 from longalign_ray.train.batch import dummy_pack, to_batch
 from longalign_ray.train.engine import TrainEngine
 from longalign_ray.train.heldout import HeldoutLoss, heldout_loss, heldout_packs, is_due
+from longalign_ray.train.loss import step_totals
 from longalign_ray.train.loss_watch import LossWatch
 from longalign_ray.train.profiler import StepProfiler
 from longalign_ray.train.schedule import learning_rate
@@ -72,8 +72,8 @@ def train_loop(
     Raises LongAlignError, on every rank, where the loss is no longer a number or leaps by more than `max_loss_ratio`.
     """
     plan = packs.plan
-    rank, (num_steps, micro_steps, _) = dist.get_rank(), plan.shape
-    imbalance = plan.step_imbalance()
+    group, (num_steps, micro_steps, _) = engine.sequence_group, plan.shape
+    imbalance, totals = plan.step_imbalance(), step_totals(plan, packs.store.index, config.loss)
     num_tokens = plan.slot_tokens().sum(axis=(1, 2))
     clock = StepClock(engine.module, engine.device, balance=plan.balance, zero_stage=config.zero_stage)
     watch = LossWatch(packs, max_ratio=config.max_loss_ratio, recent=recent_losses)
@@ -87,12 +87,12 @@ def train_loop(
         profiler.start(step)
         started = time.perf_counter()
         clock.start_step()
-        step_total = float((plan.num_sequences if config.loss == "sequence" else plan.sum_weights)[step])
+        step_total = float(totals[step])
         loss = torch.zeros((), device=engine.device)
         for micro_step in range(micro_steps):
             with clock.data():
-                pack = packs.pack(step, micro_step, rank) or dummy_pack()
-                batch = to_batch(pack, loss=config.loss, device=engine.device)
+                pack = packs.pack(step, micro_step, group.number) or dummy_pack()
+                batch = to_batch(pack, loss=config.loss, device=engine.device, sequence_group=group)
             with clock.compute():
                 loss += engine.forward_backward(batch, step_total=step_total, last=micro_step == micro_steps - 1)
         ranks = clock.gather(loss)
@@ -107,7 +107,9 @@ def train_loop(
         grad_norm = engine.step(rate)
         seconds = time.perf_counter() - started
         profiler.stop(step, is_last=step + 1 == num_steps)
-        due = heldout is not None and is_due(step + 1, num_steps, config.heldout_every)
+        measured = None
+        if heldout is not None and is_due(step + 1, num_steps, config.heldout_every):
+            measured = heldout_loss(engine.module, heldout, device=engine.device, sequence_group=group)
         on_step(
             StepMetrics(
                 step=step,
@@ -125,7 +127,7 @@ def train_loop(
                 seen_imbalance=ranks.seen_imbalance,
                 mfu=mfu(float(flops[step]), seconds, world_size=plan.world_size, peak=peak),
                 data_seconds=ranks.data_seconds,
-                heldout=heldout_loss(engine.module, heldout, device=engine.device) if heldout and due else None,
+                heldout=measured,
             )
         )
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == num_steps:

@@ -1,6 +1,6 @@
 """The model under training: a Hugging Face decoder whose forward pass returns the weighted loss of a pack.
 
-Suffixes: T tokens of the pack, N target positions, D hidden width.
+Suffixes: t tokens of the rank's part of the pack, N target positions, D hidden width.
 """
 
 from __future__ import annotations
@@ -8,39 +8,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from longalign_ray.config import RopeConfig
+from longalign_ray.data.store import FULL_WEIGHT, Pack
 from longalign_ray.errors import ModelError
 from longalign_ray.precision import DTYPES
 from longalign_ray.train import attention
-from longalign_ray.train.batch import PackedBatch
-
-LOGIT_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # applied after lm_head by some families
-
-
-class TokenLossHead(nn.Linear):
-    """An LM head that gives the loss of each token, `chunk` positions at a time: full logits never exist.
-
-    It takes the place of `lm_head` under the same parameter name, so that state dicts, tied embeddings and the ZeRO-3
-    gathering of a module's parameters stay as they are.
-    """
-
-    chunk: int
-
-    def forward(self, hidden_ND: torch.Tensor, labels_N: torch.Tensor | None = None) -> torch.Tensor:
-        """float[N]: cross entropy in nats, softmax in fp32 or better. Without labels: plain logits."""
-        if labels_N is None:
-            return super().forward(hidden_ND)
-        chunks = zip(hidden_ND.split(self.chunk), labels_N.split(self.chunk), strict=True)
-        losses = [checkpoint(self._chunk_loss, h, y, use_reentrant=False) for h, y in chunks]
-        return torch.cat(losses)  # pyright: ignore[reportArgumentType]
-
-    def _chunk_loss(self, hidden_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(hidden_ND, self.weight, self.bias)
-        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels_N, reduction="none")
+from longalign_ray.train.batch import PackedBatch, to_batch
+from longalign_ray.train.loss_head import LogitRule, TokenLossHead
+from longalign_ray.train.rope import model_config
+from longalign_ray.train.sequence_parallel import ALONE, SequenceGroup
 
 
 class PackedLM(nn.Module):
@@ -55,33 +36,41 @@ class PackedLM(nn.Module):
     def forward(self, batch: PackedBatch, *, reduce: bool = True) -> torch.Tensor:
         """0-d tensor; the whole forward pass runs in here, so that ZeRO-3 gathers what it needs.
 
-        Without `reduce`: [N], the loss of each target, unweighted.
+        Without `reduce`: [N], the loss of each target, unweighted and without a gradient.
         """
-        hidden_TD = self.hidden_states(batch)
-        losses_N = self.model.lm_head(hidden_TD[batch.target_positions_N], batch.labels_N)
-        if not reduce:
-            return losses_N
-        return (losses_N * batch.weights_N.to(losses_N.dtype)).sum()
+        hidden_tD = self.hidden_states(batch)
+        weights_N = batch.weights_N if reduce else None
+        return self.model.lm_head(hidden_tD[batch.target_positions_N], batch.labels_N, weights_N)
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
-        """[T, D] of the last layer after its norm."""
-        out = self.model.base_model(
-            input_ids=batch.input_ids_T[None],
-            position_ids=batch.position_ids_T[None],
-            use_cache=False,  # a cache would turn transformers' own packed detection off and mix the sequences
-            cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=batch.max_seqlen,
-            max_length_k=batch.max_seqlen,
-            boundaries=batch.boundaries,
-        )
-        return out.last_hidden_state[0]
+        """[t, D] of the last layer after its norm."""
+        return self.model.base_model(**self.inputs(batch)).last_hidden_state[0]
+
+    @staticmethod
+    def inputs(batch: PackedBatch) -> dict[str, Any]:
+        """What the Hugging Face model is called with."""
+        return {
+            "input_ids": batch.input_ids_t[None],
+            "position_ids": batch.position_ids_t[None],
+            "use_cache": False,  # a cache would turn transformers' own packed detection off and mix the sequences
+            "cu_seq_lens_q": batch.cu_seqlens,
+            "cu_seq_lens_k": batch.cu_seqlens,
+            "max_length_q": batch.max_seqlen,
+            "max_length_k": batch.max_seqlen,
+            "boundaries": batch.boundaries,
+            "sequence_group": batch.sequence_group,
+        }
 
 
 def load_for_training(
-    model_dir: str | Path, *, dtype: str, gradient_checkpointing: bool = True, head_chunk: int = 1_024
+    model_dir: str | Path,
+    *,
+    dtype: str,
+    gradient_checkpointing: bool = True,
+    head_chunk: int = 1_024,
+    rope: RopeConfig | None = None,
 ) -> PackedLM:
-    """The model of a local directory with variable-length attention and the chunked loss head.
+    """The model of a local directory with variable-length attention, the chunked loss head, and `rope` applied.
 
     Raises ModelError where the directory is no causal language model or its attention cannot be replaced.
     """
@@ -90,6 +79,7 @@ def load_for_training(
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(model_dir),
+            config=model_config(model_dir, rope),
             dtype=DTYPES[dtype],
             attn_implementation=attention.register(),
             use_safetensors=True,
@@ -103,17 +93,17 @@ def load_for_training(
 def prepare_model(model: Any, *, gradient_checkpointing: bool, head_chunk: int) -> PackedLM:
     """Wraps a causal LM that was made with `attn_implementation="longalign_varlen"`.
 
-    Raises ModelError where the model's LM head is no plain linear layer or scales its logits.
+    Raises ModelError where the model's LM head is no plain linear layer.
     """
     head = getattr(model, "lm_head", None)
-    scaled = [name for name in LOGIT_SCALES if getattr(model.config, name, None) not in (None, 1, 1.0)]
-    if type(head) is not nn.Linear or scaled:
+    if type(head) is not nn.Linear:
         raise ModelError(
-            f"{type(model).__name__} has {' and '.join(scaled) or 'no plain linear lm_head'}, so its loss cannot be "
-            "computed in chunks; choose a model with a plain head"
+            f"{type(model).__name__} has no plain linear lm_head, so its loss cannot be computed in chunks; choose a "
+            "model with a plain head"
         )
     head.__class__ = TokenLossHead  # keeps the parameter, its name and its tie to the embedding
-    cast(TokenLossHead, head).chunk = head_chunk
+    loss_head = cast(TokenLossHead, head)
+    loss_head.chunk, loss_head.rule = head_chunk, LogitRule.of(model.config)
     model.config.use_cache = False
     if gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -121,27 +111,59 @@ def prepare_model(model: Any, *, gradient_checkpointing: bool, head_chunk: int) 
 
 
 @torch.no_grad()
-def verify_isolation(model: PackedLM, *, vocab_size: int, device: torch.device | str) -> None:
+def verify_isolation(
+    model: PackedLM, *, vocab_size: int, device: torch.device | str, sequence_group: SequenceGroup = ALONE
+) -> None:
     """Two short sequences, the first one changed: the second one's hidden states must not move by a bit.
 
-    Every rank calls it, as under ZeRO-3 a forward pass is collective. Raises ModelError where one sees the other.
+    The second begins inside the first rank's part and goes on in those of the others. Every rank calls it, as a forward
+    pass is collective. Raises ModelError, on the ranks that find it, where one sequence sees the other.
     """
-    import numpy as np
 
-    from longalign_ray.data.store import Pack
-    from longalign_ray.train.batch import to_batch
+    num_tokens = 16 * sequence_group.degree
+    own = np.arange(num_tokens)[sequence_group.own_tokens(num_tokens)]
 
     def second_sequence(first_token: int) -> torch.Tensor:
-        ids = np.arange(16, dtype=np.int32) % vocab_size
-        ids[:8] = first_token
-        pack = Pack(ids, np.ones(16, np.bool_), np.array([0, 8, 16], np.int32), ("first", "second"))
-        return model.hidden_states(to_batch(pack, loss="sequence", device=device))[8:]
+        batch = _probe(vocab_size, device, first_token, sequence_group)
+        return model.hidden_states(batch)[torch.from_numpy(own >= 8)]
 
     model.eval()  # dropout would differ between the two passes
-    is_isolated = torch.equal(second_sequence(1), second_sequence(2))
+    try:
+        apart = torch.equal(second_sequence(1), second_sequence(2))
+    except ValueError as error:  # transformers' own refusal, where it knows that a mixer needs a kernel
+        raise ModelError(f"{type(model.model).__name__} cannot be trained packed: {error}") from error
     model.train()
-    if not is_isolated:
+    if not apart:
         raise ModelError(
             f"{type(model.model).__name__}: a token of one packed sequence changes the states of another, so packed "
             "training would be wrong; choose a model whose every layer is attention, with no recurrent mixer"
         )
+
+
+@torch.no_grad()
+def verify_loss(
+    model: PackedLM, *, vocab_size: int, device: torch.device | str, sequence_group: SequenceGroup = ALONE
+) -> None:
+    """The loss of two short sequences must be that of the model's own logits, whatever it does to them after the head.
+
+    Every rank calls it. Raises ModelError where the two differ by more than rounding.
+    """
+    batch = _probe(vocab_size, device, 1, sequence_group)
+    logits_ND = model.model(**model.inputs(batch)).logits[0, batch.target_positions_N]
+    expected = (F.cross_entropy(logits_ND.float(), batch.labels_N, reduction="none") * batch.weights_N).sum().item()
+    found = model(batch).item()
+    if abs(found - expected) > 0.02 * abs(expected):  # logits of two digits, in bf16, carry 0.4 %
+        raise ModelError(
+            f"{type(model.model).__name__}: its own logits have a loss of {expected:.4g} on a probe and our head of "
+            f"{found:.4g}, so it changes them in a way that is not known here; choose another model"
+        )
+
+
+def _probe(vocab_size: int, device: torch.device | str, first_token: int, sequence_group: SequenceGroup) -> PackedBatch:
+    """Two sequences, the first one of 8 tokens, all `first_token`; 16 tokens for each rank that shares them."""
+    num_tokens = 16 * sequence_group.degree
+    ids = np.arange(num_tokens, dtype=np.int32) % vocab_size
+    ids[:8] = first_token
+    weights, starts = np.full(num_tokens, FULL_WEIGHT, np.uint8), np.array([0, 8, num_tokens], np.int32)
+    pack = Pack(ids, weights, starts, ("first", "second"))
+    return to_batch(pack, loss="sequence", device=device, sequence_group=sequence_group)

@@ -6,29 +6,32 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from longalign_ray.config import RunConfig, TrainConfig
+from longalign_ray.config import RopeConfig, RunConfig, TrainConfig
 from longalign_ray.data.plan import StepPlan
-from longalign_ray.errors import LongAlignError
+from longalign_ray.errors import LongAlignError, PlanMismatchError
 from longalign_ray.logs import MetricsWriter, progress, read_metrics
 from longalign_ray.run_dir import RunDir
+from longalign_ray.train.checkpoint import TrainState
+from longalign_ray.train.checkpoint_store import CheckpointStore
+from longalign_ray.train.ray_checkpoints import Uploads, checkpoint_store, pruning
 from longalign_ray.train.sinks import Sinks, check_installed, open_sinks
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> Path:
-    """Trains to the end of the plan, resuming from the newest checkpoint of this run; returns the last checkpoint.
+def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> str:
+    """Trains to the end of the plan, resuming from the newest whole checkpoint; returns the path of the last one.
 
-    Raises LongAlignError where the worker group failed more than `train.max_failures` times.
+    Raises LongAlignError where the worker group failed more than `train.max_failures` times, CheckpointError where the
+    checkpoints there are cannot continue this run.
     """
-    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+    from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchTrainer
 
@@ -37,6 +40,13 @@ def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> Path:
     check_installed(config.train.sinks)
     if config.train.adapter is not None:
         check_peft()
+    plan = StepPlan.load(run_dir.plan)
+    store = checkpoint_store(config, run_dir)
+    if (newest := store.newest(checksums=False)) is not None:  # the ranks look at every byte, each at its share
+        newest.state.check(plan_digest=plan.digest, zero_stage=config.train.zero_stage)
+        if newest.state.step == plan.num_steps and store.problem(newest) is None:
+            return store.path_of(newest.name)
+    store.forget_ray_notes()
     resources: dict[str, float] = {"CPU": config.train.cpus_per_worker}
     if config.train.use_gpu:
         resources["GPU"] = 1
@@ -45,30 +55,35 @@ def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> Path:
         train_loop_config={
             "train": config.train.model_dump(),
             "dtype": config.model.dtype,
+            "rope": config.model.rope.model_dump(),
             "model_dir": str(model_dir.resolve()),
             "plan": str(run_dir.plan.resolve()),
             "store": str(run_dir.store.resolve()),
             "packed": str(run_dir.packed.resolve()),
             "metrics": str(run_dir.metrics.resolve()),
+            "checkpoints": store,
+            "recipe": config.model_dump(mode="json"),
         },
         scaling_config=ScalingConfig(
             num_workers=config.train.num_workers, use_gpu=config.train.use_gpu, resources_per_worker=resources
         ),
         run_config=RayRunConfig(
-            name=run_dir.checkpoints.name,
-            storage_path=str(run_dir.checkpoints.parent.resolve()),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
+            name=PurePosixPath(store.path).name,
+            storage_path=str(PurePosixPath(store.path).parent),
+            storage_filesystem=store.filesystem,
             failure_config=FailureConfig(max_failures=config.train.max_failures),
+            callbacks=[pruning(store, keep=config.train.keep_checkpoints, keep_best=config.train.keep_best)],
         ),
     )
-    with _watched_metrics(run_dir.metrics, StepPlan.load(run_dir.plan).num_steps):
+    with _watched_metrics(run_dir.metrics, plan.num_steps):
         try:
-            result = trainer.fit()
+            trainer.fit()
         except Exception as error:  # Ray wraps a worker's error in one of several types of its own
             raise LongAlignError(f"training failed: {_root_message(error)}") from error
-    if result.checkpoint is None:
+    last = store.newest(checksums=False)
+    if last is None:
         raise LongAlignError("training ended without a checkpoint; see the log of the workers above")
-    return Path(result.checkpoint.path)
+    return store.path_of(last.name)
 
 
 def _root_message(error: BaseException) -> str:
@@ -89,10 +104,10 @@ def _train_worker(settings: dict[str, Any]) -> None:
     from longalign_ray.data.packed import PackReader
     from longalign_ray.precision import resolve_dtype
     from longalign_ray.train.adapters import add_adapter
-    from longalign_ray.train.checkpoint import TrainState
     from longalign_ray.train.engine import TrainEngine, quiet_deepspeed
     from longalign_ray.train.loop import StepMetrics, train_loop
-    from longalign_ray.train.model import load_for_training, verify_isolation
+    from longalign_ray.train.model import load_for_training, verify_isolation, verify_loss
+    from longalign_ray.train.resume import agree_on_checkpoint, loadable
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     quiet_deepspeed()
@@ -102,28 +117,31 @@ def _train_worker(settings: dict[str, Any]) -> None:
     world_size = context.get_world_size()
     if not config.use_gpu:
         torch.set_num_threads(config.cpus_per_worker)
-    plan = StepPlan.load(Path(settings["plan"]))
+    plan = _plan_for_ranks(settings, world_size)
     packs = PackReader(plan, store_dir=Path(settings["store"]), packed_dir=Path(settings["packed"]))
     model = load_for_training(
         settings["model_dir"],
         dtype=dtype,
         gradient_checkpointing=config.gradient_checkpointing,
         head_chunk=config.head_chunk,
+        rope=RopeConfig(**settings["rope"]),
     )
     if config.adapter is not None:
         add_adapter(model, config.adapter, seed=plan.seed)
     vocab_size = int(model.model.config.vocab_size)
-    engine = TrainEngine(model, config, dtype=dtype, micro_steps=plan.shape[1])
-    verify_isolation(engine.module, vocab_size=vocab_size, device=engine.device)
-
+    store: CheckpointStore = settings["checkpoints"]
     first_step = tokens_seen = 0
-    identity = {"plan_digest": plan.digest, "world_size": world_size, "zero_stage": config.zero_stage}
-    if (checkpoint := ray.train.get_checkpoint()) is not None:
-        with checkpoint.as_directory() as directory:
-            state = TrainState.load(Path(directory))
-            state.check(**identity)
-            engine.load(Path(directory))
-        first_step, tokens_seen = state.step, state.tokens_seen
+    convert = False
+    if (stored := agree_on_checkpoint(store)) is not None:
+        stored.state.check(plan_digest=plan.digest, zero_stage=config.zero_stage)
+        convert = not stored.state.fits(world_size=world_size, zero_stage=config.zero_stage)
+    engine = TrainEngine(model, config, dtype=dtype, micro_steps=plan.shape[1], load_universal=convert)
+    for verify in (verify_isolation, verify_loss):
+        verify(engine.module, vocab_size=vocab_size, device=engine.device, sequence_group=engine.sequence_group)
+    if stored is not None:
+        with loadable(store, stored, convert=convert, local_rank=context.get_local_rank()) as directory:
+            engine.load(directory)
+        first_step, tokens_seen = stored.state.step, stored.state.tokens_seen
         logger.warning("resumed after step %d", first_step)
     is_first = context.get_world_rank() == 0
     metrics_file = Path(settings["metrics"])
@@ -142,16 +160,18 @@ def _train_worker(settings: dict[str, Any]) -> None:
             metrics.write(row)
             sinks.write(row)
 
+    uploads = Uploads(store, rank=context.get_world_rank())
+
     def on_checkpoint(step: int) -> None:
-        directory = Path(tempfile.mkdtemp(prefix="longalign-checkpoint-"))
-        engine.save(directory)
-        if is_first:
-            TrainState(step=step, tokens_seen=tokens_seen, **identity).save(directory)
-        ray.train.report(
-            last_row,
-            checkpoint=ray.train.Checkpoint.from_directory(directory),
-            delete_local_checkpoint_after_upload=True,
+        state = TrainState(
+            step=step,
+            tokens_seen=tokens_seen,
+            plan_digest=plan.digest,
+            world_size=world_size,
+            zero_stage=config.zero_stage,
+            heldout_loss=last_row.get("heldout_loss"),
         )
+        uploads.start(engine.save, state, last_row)
 
     try:
         train_loop(
@@ -195,6 +215,26 @@ class PrometheusSink:
 
     def close(self) -> None:
         pass
+
+
+def _plan_for_ranks(settings: dict[str, Any], world_size: int) -> StepPlan:
+    """The run's plan, made anew where it was made for another number of ranks than Ray Train could start."""
+    from longalign_ray.data.pipeline import plan_for, plan_settings
+    from longalign_ray.data.store import ExampleIndex
+
+    plan = StepPlan.load(Path(settings["plan"]))
+    if plan.world_size == world_size:
+        return plan
+    config = RunConfig.model_validate(settings["recipe"])
+    index = ExampleIndex.load(Path(settings["store"]) / "index.parquet")
+    made = plan_for(
+        config, index, Path(settings["model_dir"]), plan_settings(config, world_size=world_size, strategy=plan.strategy)
+    )
+    if made.digest != plan.digest:
+        raise PlanMismatchError(
+            f"the plan for {world_size} ranks has other steps than {settings['plan']}; run `longalign prepare` again"
+        )
+    return made
 
 
 @contextmanager
@@ -243,9 +283,9 @@ def _heldout_line(row: dict[str, Any]) -> str:
     )
 
 
-def clear_training(run_dir: RunDir) -> None:
+def clear_training(config: RunConfig, run_dir: RunDir) -> None:
     """Removes checkpoints and metrics of an earlier recipe, which this one must not resume."""
-    for directory in (run_dir.checkpoints, run_dir.metrics.parent / "tensorboard"):
-        if directory.exists():
-            shutil.rmtree(directory)
+    checkpoint_store(config, run_dir).clear()
+    if (boards := run_dir.metrics.parent / "tensorboard").exists():
+        shutil.rmtree(boards)
     run_dir.metrics.unlink(missing_ok=True)

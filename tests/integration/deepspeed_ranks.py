@@ -1,12 +1,24 @@
-"""Run by test_deepspeed.py as each of two ranks: the gradient of one optimizer step under every ZeRO stage.
+"""Run by test_deepspeed.py: forks gloo worlds, in which the gradient of one optimizer step is taken case after case.
 
-Prints a JSON object: stage -> relative L2 error of the whole gradient against one sequence at a time in fp64.
+Arguments: cases by world size, as JSON, and a directory; writes WORLD_SIZE.json there: the errors against one sequence
+at a time in fp64 by plain transformers, and whether the probe for leaks between sequences sees one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import multiprocessing
+import os
+import socket
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -15,68 +27,140 @@ from torch import distributed as dist
 
 from longalign_ray.config import TrainConfig
 from longalign_ray.data.store import Example, Pack
+from longalign_ray.errors import ModelError
 from longalign_ray.train import attention
-from longalign_ray.train.batch import dummy_pack, to_batch
-from longalign_ray.train.engine import TrainEngine, all_reduce_sum
-from longalign_ray.train.model import prepare_model
+from longalign_ray.train.batch import PackedBatch, dummy_pack, to_batch
+from longalign_ray.train.engine import TrainEngine, all_reduce_sum, quiet_deepspeed
+from longalign_ray.train.loss import LossKind, backward_scale
+from longalign_ray.train.model import PackedLM, prepare_model, verify_isolation
+from longalign_ray.train.sequence_parallel import join_groups
 
-MICRO_STEPS = 2
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    zero_stage: Literal[0, 1, 2, 3] | None
+    """None: without DeepSpeed, which refuses gradients in fp64."""
+    family: str = "llama"
+    sp_degree: int = 1
+    micro_steps: int = 2
+    loss: LossKind = "sequence"
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return "-".join(str(value) for value in dataclasses.asdict(self).values())
 
 
-def example(length: int, share: float) -> Example:
+def example(length: int, *, first_target: int, share: float = 1.0) -> Example:
+    """Targets from `first_target` on, some of them at 30 per cent; `share` of the others is left out."""
     random = np.random.default_rng(length)
-    mask = random.random(length) < share
-    mask[-1] = share > 0
-    return Example(f"e{length}", random.integers(1, 64, length, dtype=np.int32), 100 * mask.astype(np.uint8))
+    weight = np.where(random.random(length) < share, random.choice([100, 30], length), 0).astype(np.uint8)
+    weight[:first_target] = 0
+    weight[-1] = 100 if first_target < length else 0
+    return Example(f"e{length}", random.integers(1, 64, length, dtype=np.int32), weight)
 
 
-# [rank][micro-step]: three, one and two sequences, one of them without a target, and an idle slot.
-SLOTS = [
-    [[example(9, 0.5), example(30, 0.1), example(2, 1.0)], [example(21, 0.9)]],
-    [[example(12, 0.0), example(40, 0.3)], []],
+EXAMPLES = [
+    example(9, first_target=2),
+    example(30, first_target=1, share=0.3),
+    example(2, first_target=1),
+    example(21, first_target=19),  # a part of it has no targets
+    example(12, first_target=12),  # nor has this
+    example(43, first_target=20, share=0.6),
 ]
 NUM_SEQUENCES = 5  # those with a target
 
 
-def build(dtype: torch.dtype, *, packed: bool) -> Any:
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def slots(number: int) -> list[list[Example]]:
+    """Three, one and two sequences; the last slot takes what is left, and those beyond it idle."""
+    cuts = [0, 3, 4, 6][:number] + [6] * max(number - 3, 1)
+    return [EXAMPLES[first:last] for first, last in zip(cuts, [*cuts[1:], 6], strict=True)][:number]
 
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-    )
+
+def build(family: str, dtype: torch.dtype, *, packed: bool) -> Any:
+    from transformers import AutoModelForCausalLM, Glm4Config, LlamaConfig, MistralConfig, Qwen3Config
+
+    shape: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+    }
+    three_heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 24}
+    two_heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    configs = {
+        "llama": lambda: LlamaConfig(**shape),
+        "llama-3-heads": lambda: LlamaConfig(**{**shape, **three_heads}),
+        "qwen3": lambda: Qwen3Config(**{**shape, "num_key_value_heads": 1}, head_dim=16),
+        "mistral": lambda: MistralConfig(**shape, sliding_window=5),
+        "mistral-2-heads": lambda: MistralConfig(**{**shape, **two_heads}, sliding_window=17),
+        "mistral-3-heads": lambda: MistralConfig(**{**shape, **three_heads}, sliding_window=5),
+        "glm4": lambda: Glm4Config(**shape, head_dim=8),
+    }
     torch.manual_seed(0)
     name = attention.register() if packed else "sdpa"
-    return AutoModelForCausalLM.from_config(config, attn_implementation=name).to(dtype)
+    return AutoModelForCausalLM.from_config(configs[family](), attn_implementation=name).to(dtype)
 
 
-def reference() -> tuple[float, dict[str, torch.Tensor]]:
-    model = build(torch.float64, packed=False)
-    losses = []
-    for one in (one for rank in SLOTS for slot in rank for one in slot if one.num_targets):
-        ids = torch.tensor(one.input_ids, dtype=torch.int64)
-        token_losses = F.cross_entropy(model(ids[None], use_cache=False).logits[0, :-1], ids[1:], reduction="none")
-        losses.append(token_losses[torch.tensor(one.loss_weight[1:] > 0)].mean())
-    loss = torch.stack(losses).mean()
-    loss.backward()
-    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+@lru_cache
+def reference(family: str, loss: LossKind) -> tuple[float, dict[str, torch.Tensor]]:
+    model = build(family, torch.float64, packed=False)
+    total = torch.zeros((), dtype=torch.float64)
+    for one in EXAMPLES:
+        ids, weights = torch.tensor(one.input_ids, dtype=torch.int64), torch.tensor(one.loss_weight[1:] / 100)
+        losses = F.cross_entropy(model(ids[None], use_cache=False).logits[0, :-1], ids[1:], reduction="none")
+        if one.num_targets:
+            total = total + (losses * weights).sum() / (weights.sum() if loss == "sequence" else 1)
+    total = total / (NUM_SEQUENCES if loss == "sequence" else sum(one.sum_weights for one in EXAMPLES))
+    total.backward()
+    return total.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def step_error(
-    zero_stage: Literal[0, 1, 2, 3], expected_loss: float, expected: dict[str, torch.Tensor]
-) -> dict[str, float]:
-    config = TrainConfig(zero_stage=zero_stage, head_chunk=4)
-    model = prepare_model(build(torch.float32, packed=True), gradient_checkpointing=True, head_chunk=4)
-    engine = TrainEngine(model, config, dtype="float32", micro_steps=MICRO_STEPS)
-    loss = torch.zeros(())
-    for number, slot in enumerate(SLOTS[dist.get_rank()]):
-        batch = to_batch(Pack.of(slot) if slot else dummy_pack(), loss="sequence")
-        loss += engine.forward_backward(batch, step_total=NUM_SEQUENCES, last=number == MICRO_STEPS - 1)
+class AveragedEngine:
+    """What TrainEngine does with the gradient, by autograd and an all-reduce: in any precision."""
+
+    def __init__(self, model: PackedLM, sp_degree: int):
+        self.module, self.sequence_group = (
+            model,
+            join_groups(sp_degree, num_heads=model.model.config.num_attention_heads),
+        )
+
+    def forward_backward(self, batch: PackedBatch, *, step_total: float, last: bool) -> torch.Tensor:
+        weighted_sum = self.module(batch)
+        (weighted_sum * backward_scale(dist.get_world_size(), step_total)).backward()
+        return weighted_sum.detach() / step_total
+
+    def full_gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        assert parameter.grad is not None
+        return all_reduce_sum(parameter.grad) / dist.get_world_size()
+
+    def step(self, learning_rate: float) -> float:
+        raise NotImplementedError
+
+
+def step_error(case: Case) -> dict[str, float]:
+    model = prepare_model(
+        build(case.family, getattr(torch, case.dtype), packed=True), gradient_checkpointing=True, head_chunk=4
+    )
+    config = TrainConfig(num_workers=dist.get_world_size(), sp_degree=case.sp_degree, zero_stage=case.zero_stage or 0)
+    engine: TrainEngine | AveragedEngine
+    if case.zero_stage is None:
+        engine = AveragedEngine(model, case.sp_degree)
+    else:
+        engine = TrainEngine(model, config, dtype=case.dtype, micro_steps=case.micro_steps)
+    group = engine.sequence_group
+    verify_isolation(engine.module, vocab_size=64, device="cpu", sequence_group=group)
+    num_groups = dist.get_world_size() // case.sp_degree
+    step_total = NUM_SEQUENCES if case.loss == "sequence" else sum(one.sum_weights for one in EXAMPLES)
+    loss, idle_parts = torch.zeros((), dtype=torch.float64), torch.zeros(())
+    for number, slot in enumerate(slots(num_groups * case.micro_steps)[group.number :: num_groups]):
+        pack = Pack.of(slot) if slot else dummy_pack()
+        batch = to_batch(pack, loss=case.loss, sequence_group=group)
+        idle_parts += len(slot) > 0 and not batch.weights_N.any()
+        loss += engine.forward_backward(batch, step_total=step_total, last=number == case.micro_steps - 1)
+    expected_loss, expected = reference(case.family, case.loss)
     squared_error = squared_norm = 0.0
     for name, parameter in engine.module.named_parameters():
         gradient = engine.full_gradient(parameter)
@@ -84,19 +168,61 @@ def step_error(
         wanted = expected[name.removeprefix("model.")]
         squared_error += (gradient.double() - wanted).square().sum().item()
         squared_norm += wanted.square().sum().item()
-    grad_norm = engine.step(1e-3)
+    grad_norm = engine.step(1e-3) if case.zero_stage else squared_norm**0.5  # ZeRO-0 does not tell it in fp32
     return {
         "gradient": (squared_error / squared_norm) ** 0.5,
         "loss": abs(all_reduce_sum(loss).item() - expected_loss),
-        "norm": abs(grad_norm - squared_norm**0.5) / squared_norm**0.5 if zero_stage else 0.0,
+        "norm": abs(grad_norm - squared_norm**0.5) / squared_norm**0.5,
+        "idle_parts": all_reduce_sum(idle_parts).item(),
     }
+
+
+def leaks_found() -> int:
+    """Ranks on which verify_isolation complains of a kernel that takes a whole pack for one sequence."""
+
+    whole = attention.sdpa_loop
+
+    def leaky(*tensors: torch.Tensor, boundaries: tuple[int, ...], **spec: Any) -> torch.Tensor:
+        return whole(*tensors, boundaries=(0, boundaries[-1]), **spec)
+
+    model = prepare_model(build("llama", torch.float32, packed=True), gradient_checkpointing=False, head_chunk=4)
+    group = join_groups(dist.get_world_size(), num_heads=4)
+    found = torch.zeros(())
+    with patch.object(attention, "_select_kernel", lambda device: leaky), suppress(ModelError):
+        verify_isolation(model, vocab_size=64, device="cpu", sequence_group=group)
+        found -= 1
+    return int(all_reduce_sum(found + 1))
+
+
+def run_rank(rank: int, world_size: int, port: int, cases: list[Case], results: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    errors, leaks = [step_error(case) for case in cases], leaks_found()
+    if rank == 0:
+        results.write_text(json.dumps({"errors": errors, "leaks_found": leaks}), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def run_world(world_size: int, cases: list[Case], results: Path) -> None:
+    """Forks the ranks, which so share this process's imports."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run_rank, args=(r, world_size, port, cases, results)) for r in range(world_size)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    if any(rank.exitcode for rank in ranks):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    expected_loss, expected = reference()
-    errors = {stage: step_error(stage, expected_loss, expected) for stage in (0, 1, 2, 3)}
-    if dist.get_rank() == 0:
-        print(json.dumps(errors))
-    dist.destroy_process_group()
+    quiet_deepspeed()
+    import deepspeed  # noqa: F401
+
+    for number, cases in json.loads(sys.argv[1]).items():
+        run_world(int(number), [Case(**case) for case in cases], Path(sys.argv[2]) / f"{number}.json")

@@ -109,9 +109,9 @@ def test_rayjob_entrypoint_is_a_job_and_a_recipe_that_loads(kuberay: dict[str, d
     gpus = int(containers(kuberay)["ray-worker"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
     most = kuberay["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["maxReplicas"] * gpus
     assert config.train.use_gpu
-    assert config.train.num_workers <= most
+    assert config.train.max_workers <= most
     cpus = int(containers(kuberay)["ray-worker"]["containers"][0]["resources"]["limits"]["cpu"])
-    assert config.train.cpus_per_worker * min(config.train.num_workers, gpus) <= cpus
+    assert config.train.cpus_per_worker * min(config.train.max_workers, gpus) <= cpus
 
 
 def test_rayjob_scales_gpu_pods_from_none_on_a_shared_volume(kuberay: dict[str, dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,10 +69,18 @@ def test_real_conversations(
     assert {stage: run_dir.manifest(stage).stat().st_mtime_ns for stage in STAGES[1:-1]} == stamps  # all skipped
 
 
-def test_constructed_conversations(tiny_model_dir: Path, tmp_path: Path) -> None:
-    construct = {"num_long": 8, "num_short": 6, "min_chars": 1_000, "max_chars": 1_500}
+def test_texts_and_then_constructed_conversations(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Continual pre-training on plain text, whose model the conversations' run starts from, with a rate of its own."""
+    texts = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": "".join(chr(97 + (n * k) % 26) for k in range(900))}) for n in range(9)]
+    texts.write_text("\n".join(lines), encoding="utf-8")
     code, run_dir, _ = run(
-        tmp_path, tiny_model_dir, construct=construct, data={"max_length": 3_000}, packing={"capacity": 3_000}
+        tmp_path,
+        tiny_model_dir,
+        construct={"num_long": 8, "num_short": 6, "min_chars": 1_000, "max_chars": 1_500},
+        data={"max_length": 3_000},
+        packing={"capacity": 3_000},
+        before={"corpus": {"paths": [str(texts)]}, "train": {"max_steps": 2, "learning_rate": 1e-4}},
     )
     assert code == 0
     manifests = {stage: Manifest.load(run_dir.manifest(stage)) for stage in STAGES[:-1]}
@@ -79,3 +88,18 @@ def test_constructed_conversations(tiny_model_dir: Path, tmp_path: Path) -> None
     report = check_report(run_dir)
     assert report["examples"]["num_examples"] == 14
     assert 0 <= report["needle"]["aligned"]["value"] <= 1
+
+    before = RunDir(run_dir.root / "before")
+    text_steps, steps = read_metrics(before.metrics), read_metrics(run_dir.metrics)
+    assert sum(row["num_tokens"] for row in text_steps) == 9 * 901
+    assert all(row["num_targets"] == row["num_tokens"] - row["num_sequences"] for row in text_steps)
+    assert text_steps[0]["learning_rate"] == 1e-4
+    assert steps[0]["learning_rate"] == 1e-3  # each run has a schedule of its own
+    (_, first), (_, middle), (_, last) = (load_weights(path) for path in (tiny_model_dir, before.model, run_dir.model))
+    assert 0 < (middle - first).abs().max() < 3e-4 < (last - middle).abs().max()
+
+
+def load_weights(model_dir: Path) -> tuple[str, Any]:
+    from safetensors.torch import load_file
+
+    return next((name, tensor.float()) for name, tensor in sorted(load_file(model_dir / "model.safetensors").items()))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -13,10 +16,13 @@ import pytest
 
 from longalign_ray import stages
 from longalign_ray.config import RunConfig
+from longalign_ray.data.plan import StepPlan
 from longalign_ray.errors import LongAlignError
 from longalign_ray.logs import read_metrics
 from longalign_ray.run_dir import RunDir
+from longalign_ray.train.checkpoint_store import CheckpointStore
 from tests.integration.recipes import write_corpus, write_recipe
+from tests.integration.test_corpora import s3, s3_bucket  # noqa: F401  (s3: a fixture)
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -37,7 +43,7 @@ def kill_a_rank(run_dir: RunDir, *, after_step: int) -> threading.Event:
     """SIGKILLs one training rank of this test's own Ray once the metrics show a step; the event tells that it did."""
 
     def watch() -> None:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 900
         while time.monotonic() < deadline:
             if any(row["step"] >= after_step for row in read_metrics(run_dir.metrics)):
                 ranks = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
@@ -112,9 +118,17 @@ def test_export_is_a_model_that_plain_transformers_loads(
 
 
 def test_killed_and_restarted_by_hand(
-    undisturbed: tuple[RunConfig, RunDir], tiny_model_dir: Path, tmp_path: Path
+    undisturbed: tuple[RunConfig, RunDir],
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    s3: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config, run_dir = prepared(tmp_path, tiny_model_dir, max_failures=0)
+    """With its checkpoints in an object store."""
+    s3_bucket(s3, "runs")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
+    address = f"s3://runs/{tmp_path.name}/checkpoints"
+    config, run_dir = prepared(tmp_path, tiny_model_dir, max_failures=0, checkpoint_storage=address)
     killed = kill_a_rank(run_dir, after_step=4)
     with pytest.raises(LongAlignError, match="training failed"):
         stages.train(config, run_dir)
@@ -122,6 +136,12 @@ def test_killed_and_restarted_by_hand(
     assert len(losses(run_dir)) < len(losses(undisturbed[1]))
     stages.train(config, run_dir)
     assert losses(run_dir) == losses(undisturbed[1])
+    assert not run_dir.checkpoints.exists()
+    stages.export(config, run_dir)
+    stages.export(*undisturbed)
+    assert (run_dir.model / "model.safetensors").read_bytes() == (
+        undisturbed[1].model / "model.safetensors"
+    ).read_bytes()
 
 
 def test_killed_and_restarted_by_ray_train(
@@ -134,16 +154,66 @@ def test_killed_and_restarted_by_ray_train(
     assert losses(run_dir) == losses(undisturbed[1])
 
 
-def test_another_number_of_ranks_takes_the_same_steps(
+@pytest.mark.parametrize(
+    ("changes", "tolerance"), [({"num_workers": 1}, 1e-4), ({"sp_degree": 2}, 1e-5)], ids=["one rank", "shared packs"]
+)
+def test_other_ranks_take_the_same_steps(
+    undisturbed: tuple[RunConfig, RunDir],
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    changes: dict[str, int],
+    tolerance: float,
+) -> None:
+    """One rank with four micro-steps, or two that share packs: the same losses up to the order of fp32 sums."""
+    config, run_dir = prepared(tmp_path, tiny_model_dir)
+    config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
+    stages.train(config, run_dir)
+    found, wanted = losses(run_dir), losses(undisturbed[1])
+    assert [step for step, *_ in found] == [step for step, *_ in wanted]
+    assert [loss for _, loss, _ in found] == pytest.approx([loss for _, loss, _ in wanted], rel=tolerance)
+    plan = StepPlan.load(run_dir.plan)
+    assert (plan.world_size, plan.sp_degree) == (config.train.num_workers, config.train.sp_degree)
+
+
+def test_driver_killed_newest_checkpoint_damaged_and_fewer_ranks(
     undisturbed: tuple[RunConfig, RunDir], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """One rank with four micro-steps: the same losses up to the order of fp32 sums."""
+    """Continues from the checkpoint before, on as many ranks as there is room for, with the losses of two ranks."""
     config, run_dir = prepared(tmp_path, tiny_model_dir)
-    config = config.model_copy(update={"train": config.train.model_copy(update={"num_workers": 1})})
-    stages.train(config, run_dir)
+    store = CheckpointStore.at(run_dir.checkpoints)
+    kill_the_driver(tmp_path / "recipe.yaml", when=lambda: len(store.finished()[0]) >= 2)
+    (newest, before, *_), _ = store.finished()
+    shard = run_dir.checkpoints / newest.name / max(name for name in newest.files if name.endswith(".pt"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    rows = read_metrics(run_dir.metrics)
+    elastic = config.train.model_copy(update={"num_workers": (1, 2), "cpus_per_worker": 3})  # of 4 CPUs: one rank
+    stages.train(config.model_copy(update={"train": elastic}), run_dir)
+    again = read_metrics(run_dir.metrics)
+    assert again[: before.state.step] == rows[: before.state.step]
+    assert again[before.state.step] != rows[before.state.step]  # at least its seconds
+    assert {one.state.world_size for one in store.finished()[0]} == {1}
     one, two = losses(run_dir), losses(undisturbed[1])
     assert [step for step, *_ in one] == [step for step, *_ in two]
-    assert [loss for _, loss, _ in one] == pytest.approx([loss for _, loss, _ in two], rel=1e-4)
+    assert [loss for _, loss, _ in one] == pytest.approx([loss for _, loss, _ in two], rel=1e-5)
+
+
+def kill_the_driver(recipe: Path, *, when: Callable[[], bool]) -> None:
+    """Trains in a process of its own on this test's Ray, and SIGKILLs it."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "longalign_ray.cli", "train", str(recipe), f"ray.address={address}"]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not when():
+            assert driver.poll() is None, "the driver ended"
+            time.sleep(0.02)
+    finally:
+        driver.kill()
+        driver.wait()
+    time.sleep(2)  # its ranks die with it
 
 
 def test_a_worker_error_is_the_message(tiny_model_dir: Path, tmp_path: Path) -> None:

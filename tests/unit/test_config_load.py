@@ -101,11 +101,65 @@ construct:
     ]
 
 
+def test_ranks_that_share_packs(tmp_path: Path) -> None:
+    recipe = write(
+        tmp_path, "run_dir: a\ndata: {max_length: 4096}\npacking: {capacity: 1024}\ntrain: {num_workers: 6}\n"
+    )
+    assert problems(recipe, "train.sp_degree=3") == [
+        "packing.capacity = 1024 on each of train.sp_degree = 3 ranks is below data.max_length = 4096: raise "
+        "packing.capacity or set data.max_length <= 3072 (recipe.yaml, line 3)"
+    ]
+    assert problems(recipe, "train.sp_degree=4", "data.max_length=1000") == [
+        "train.sp_degree = 4 does not divide train.num_workers = 6: set train.sp_degree to one of 1, 2, 3, 6, or "
+        "train.num_workers to a multiple of 4 (override train.sp_degree=4)"
+    ]
+    assert load_config(recipe, ["train.sp_degree=6"]).train.sp_degree == 6
+
+
 def test_a_rule_across_fields_is_reported_once_and_not_about_a_wrong_field(tmp_path: Path) -> None:
     recipe = write(tmp_path, "run_dir: a\npacking: {capacity: 1024}\n")
     assert len(problems(recipe)) == 1
     [only] = problems(recipe, "data.max_length=long")
     assert only.startswith("data.max_length = 'long': input should be a valid integer")
+
+
+TWO_STAGES = """\
+run_dir: a
+corpus: {paths: [chats.jsonl], max_bad_fraction: 0.5}
+data: {max_length: 512, heldout_fraction: 0.5}
+packing: {capacity: 512}
+train: {epochs: 3, learning_rate: 0.001}
+before:
+  corpus: {paths: [books.jsonl]}
+  data: {max_length: 1024}
+  packing: {capacity: 1024}
+  train: {epochs: 1}
+"""
+
+
+def test_the_run_before_has_the_recipe_s_settings_but_for_those_named(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, TWO_STAGES), ["before.train.loss=token", "seed=3"])
+    first = config.first
+    assert first is not None
+    assert (first.run_dir, first.seed, first.before) == ("a/before", 3, None)
+    assert (first.data.max_length, first.data.heldout_fraction) == (1024, 0.5)
+    assert (first.train.epochs, first.train.learning_rate, first.train.loss) == (1, 0.001, "token")
+    assert first.corpus == RunConfig(run_dir="x", corpus={"paths": ["books.jsonl"]}).corpus  # pyright: ignore
+    assert (config.train.epochs, config.train.loss, config.data.max_length) == (3, "sequence", 512)
+    assert first.first is None
+    (tmp_path / "again.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_mistakes_in_the_run_before_are_told_once_with_their_place(tmp_path: Path) -> None:
+    recipe = write(tmp_path, TWO_STAGES.replace("capacity: 1024", "capacity: 600").replace("epochs: 1}", "epoch: 1}"))
+    assert problems(recipe, "train.zero_stage=9") == [
+        "train.zero_stage = 9: input should be 0, 1, 2 or 3 (override train.zero_stage=9)",
+        "before.train.epoch is not a known key: did you mean 'epochs'? (recipe.yaml, line 10)",
+        "before.packing.capacity = 600 is below data.max_length = 1024: raise packing.capacity or set data.max_length "
+        "<= 600 (recipe.yaml, line 9)",
+    ]
+    assert problems(recipe, "before=4") == ["before = 4: input should be a valid dictionary (override before=4)"]
 
 
 @pytest.mark.parametrize(
@@ -119,12 +173,38 @@ def test_a_rule_across_fields_is_reported_once_and_not_about_a_wrong_field(tmp_p
         ("corpus.paths=a", "corpus.paths = 'a': give a list, e.g. [a, b] (override corpus.paths=a)"),
         ("serve=4", "serve = 4: give a section, e.g. {key: value} (override serve=4)"),
         ("train={epochs: 0}", "train.epochs = 0: input should be greater than 0 (override train={epochs: 0})"),
+        (
+            "train.num_workers=[4, 2]",
+            "train.num_workers = [4, 2]: give a whole number of ranks, 1 or more, or two, [fewest, most]"
+            " (override train.num_workers=[4, 2])",
+        ),
+        (
+            "train.checkpoint_storage=s3://bucket",
+            "train.checkpoint_storage = 's3://bucket': give a directory in a bucket, s3://bucket/path or"
+            " gs://bucket/path; without the setting the checkpoints are in run_dir"
+            " (override train.checkpoint_storage=s3://bucket)",
+        ),
         ("model.path.x=1", "model.path = {'x': 1}: input should be a valid string (override model.path.x=1)"),
     ],
 )
 def test_bad_override(tmp_path: Path, override: str, message: str) -> None:
     recipe = write(tmp_path, "run_dir: a\ntrain:\n  epochs: 2\nmodel:\n  path: b\n")
     assert problems(recipe, override) == [message]
+
+
+@pytest.mark.parametrize("value", ["0", "[0, 2]", "[1]", "[1, 2, 3]", "two", "true", "1.5", "[2, x]"])
+def test_ranks_are_a_number_or_two(tmp_path: Path, value: str) -> None:
+    [only] = problems(write(tmp_path, "run_dir: a\n"), f"train.num_workers={value}")
+    assert "give a whole number of ranks" in only
+
+
+def test_fewest_and_most_ranks(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "run_dir: a\ntrain: {num_workers: [2, 8]}\n")
+    train = load_config(recipe).train
+    assert (train.min_workers, train.max_workers) == (2, 8)
+    assert RunConfig.model_validate(load_config(recipe).model_dump(mode="json")).train == train
+    fixed = load_config(recipe, ["train.num_workers=3"]).train
+    assert (fixed.min_workers, fixed.max_workers) == (3, 3)
 
 
 @pytest.mark.parametrize(

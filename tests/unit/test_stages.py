@@ -63,6 +63,25 @@ def test_a_changed_corpus_or_a_lost_output_is_due(tmp_path: Path) -> None:
     assert stages.is_done(config, run_dir, "prepare") is None
 
 
+def test_what_comes_before_makes_the_rest_due(tmp_path: Path) -> None:
+    config, run_dir = config_of(tmp_path, "before.train.epochs=2"), RunDir(tmp_path / "run")
+    assert config.first is not None
+    with pytest.raises(LongAlignError, match=r"before/model/config.json does not exist: run `longalign run` first"):
+        stages.starting_model(config, run_dir)
+    first_dir = stages.first_run_dir(run_dir)
+    mark_done(config.first, first_dir, "prepare", "train", "export")
+    mark_done(config, run_dir, "prepare", "train", "export", "evaluate")
+    assert "to do" not in [state for _, state in stages.stage_states(config, run_dir)][:-1]
+    changed = config_of(tmp_path, "before.train.epochs=3")
+    states = stages.stage_states(changed, run_dir)
+    assert [stage for stage, state in states if state == "to do"] == [
+        "before: prepare", "before: train", "before: export", "prepare", "train", "export", "evaluate", "report",
+    ]  # fmt: skip
+    assert changed.first is not None
+    mark_done(changed.first, first_dir, "prepare", "train", "export")
+    assert stages.is_done(changed, run_dir, "prepare") is None  # it starts from another model
+
+
 def test_a_missing_corpus_is_named(tmp_path: Path) -> None:
     config, run_dir = config_of(tmp_path), RunDir(tmp_path / "run")
     mark_done(config, run_dir, "prepare")

@@ -254,16 +254,19 @@ def test_documents_are_targets_from_end_to_end(tokenizer: Tokenizer) -> None:
     pieces = ConversationTokenizer(tokenizer, DataConfig(max_length=5)).one(document).examples
     assert [tokenizer.decode(piece.input_ids) for piece in pieces] == ["01234", "5678", "9<|im_end|>"]
     assert [piece.example_id for piece in pieces] == ["d#1", "d#2", "d#3"]
-    with_bos = make_bos(tokenizer)
-    assert with_bos.one(document).examples[0].input_ids[0] == tokenizer.bos_token_id
+    with_both = make_bos(tokenizer, adds_eos=True).one(document).examples[0].input_ids.tolist()
+    assert with_both == make_bos(tokenizer).one(document).examples[0].input_ids.tolist()
+    assert with_both == [tokenizer.bos_token_id, *whole.input_ids.tolist()]
 
 
-def make_bos(tokenizer: Tokenizer) -> ConversationTokenizer:
+def make_bos(tokenizer: Tokenizer, *, adds_eos: bool = False) -> ConversationTokenizer:
     from tokenizers.processors import TemplateProcessing
 
     changed = copy.deepcopy(tokenizer)
-    token = (tokenizer.bos_token, tokenizer.bos_token_id)
-    changed.backend_tokenizer.post_processor = TemplateProcessing(single=f"{token[0]} $A", special_tokens=[token])
+    token, end = (tokenizer.bos_token, tokenizer.bos_token_id), (tokenizer.eos_token, tokenizer.eos_token_id)
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token[0]} $A{f' {end[0]}' if adds_eos else ''}", special_tokens=[token, end]
+    )
     template = built_in_template("llama-2", changed)
     assert f'prefix = "{token[0]}"' in template
     return ConversationTokenizer(with_template(changed, template), DataConfig())
@@ -330,3 +333,16 @@ def test_real_tool_calls_are_targets(tokenizer: Tokenizer, shared_data: Path, te
                 assert made["function"]["name"] in text
                 assert json.dumps(made["function"]["arguments"], ensure_ascii=False) in text
     assert num_calls > 90
+
+
+def test_many_waits_for_few_characters(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longalign_ray.data.tokenize.BATCH_CHARS", 1_000)
+    seen: list[int] = []
+
+    def given():
+        for number in range(100):
+            seen.append(number)
+            yield number, talk("q" * 300, "answer")
+
+    next(ConversationTokenizer(tokenizer, DataConfig()).many(given()))
+    assert 1 < len(seen) < 5

@@ -15,7 +15,7 @@ def test_batch_by_hand() -> None:
         example_ids=("a", "b"),
     )
     batch = to_batch(pack, loss="sequence")
-    assert batch.position_ids_T.tolist() == [0, 1, 2, 0, 1]
+    assert batch.position_ids_t.tolist() == [0, 1, 2, 0, 1]
     assert batch.boundaries == (0, 3, 5)
     assert batch.max_seqlen == 3
     assert batch.target_positions_N.tolist() == [0, 1, 3]

@@ -1,0 +1,208 @@
+"""What a training rank needs in memory, term by term, before a GPU is rented: arithmetic on shapes, nothing else.
+
+The coefficients of attention and the margin were adjusted on nine published peaks (8B to 70B, 1 to 64 GPUs, ZeRO-3),
+which they meet within 10 %; tests/unit/train/test_memory.py holds them to those and to measured peaks on a CPU.
+Letters: N parameters, L layers, h hidden width, a query width, kv key/value width, f MLP width, V vocabulary, R ranks,
+P ranks that share a pack, t tokens of a pack on one rank, w bytes of a weight (2 for bfloat16, 4 for float32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from itertools import compress, product
+
+from longalign_ray.errors import ConfigError
+from longalign_ray.train.model_shape import ModelShape
+
+GPU_FIXED = 8e9
+"""Bytes of the CUDA context, communication buffers and fragments."""
+CPU_FIXED = 0.43e9
+"""Bytes of a process that has loaded torch and transformers and built a model."""
+GPU_MARGIN = 1.05
+USABLE = 75 / 80
+"""Share of a card that a forecast may fill."""
+CPU_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**22), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""Environment of a training process on a CPU. glibc keeps freed blocks below 32 MB in a heap that fragments: at 16,384
+tokens of a 34M model the peak was 1.42 times the forecast without and 1.0 times with it, in no more CPU time."""
+LADDER = ("tiled_mlp", "checkpoints_on_host", "optimizer_on_host", "parameters_on_host")
+"""Levers by what they cost in time, cheapest first."""
+GRANULARITY = 1_024
+"""Tokens a rank by which the longest context is found."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Levers:
+    """Everything beside the model and the tokens that memory depends on. Raises ConfigError with all that is wrong."""
+
+    ranks: int = 8
+    ranks_per_node: int = 8
+    sp_degree: int = 1
+    """P: ranks that share a pack."""
+    zero_stage: int = 3
+    gradient_checkpointing: bool = True
+    head_chunk: int | None = 1_024
+    """Positions whose logits exist at a time; none: those of all positions."""
+    tiled_mlp: bool = False
+    """The MLP runs over h tokens at a time."""
+    checkpoints_on_host: bool = False
+    optimizer_on_host: bool = False
+    parameters_on_host: bool = False
+    weight_bytes: int = 2
+    on_gpu: bool = True
+    """Otherwise all is in host memory, and what `..._on_host` says makes no difference."""
+
+    def __post_init__(self) -> None:
+        counts = ("ranks", "ranks_per_node", "sp_degree")
+        wrong = [f"{name} = {getattr(self, name)}: give 1 or more" for name in counts if getattr(self, name) < 1]
+        if not wrong and self.ranks % self.sp_degree:
+            wrong.append(f"sp_degree = {self.sp_degree} does not divide ranks = {self.ranks}: give a divisor")
+        if self.zero_stage not in (0, 1, 2, 3):
+            wrong.append(f"zero_stage = {self.zero_stage}: give 0, 1, 2 or 3")
+        if self.optimizer_on_host and self.zero_stage < 1:
+            wrong.append(f"the optimizer on the host needs ZeRO stage 1 to 3, and zero_stage = {self.zero_stage}")
+        if self.parameters_on_host and self.zero_stage < 3:
+            wrong.append(f"parameters on the host need ZeRO stage 3, and zero_stage = {self.zero_stage}")
+        if wrong:
+            raise ConfigError("\n".join(wrong))
+
+    @property
+    def ranks_on_node(self) -> int:
+        return min(self.ranks, self.ranks_per_node)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryTerms:
+    """Bytes by term, of one rank; those that begin with `host_` lie in the memory of its node."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    """Whole layers and the head, which ZeRO-3 gathers for their computation."""
+    checkpoints: float
+    """What the forward pass keeps for the backward pass."""
+    attention: float
+    """Of one layer in its backward pass, as is `mlp`; of these and `head` only the largest exists at a time."""
+    mlp: float
+    head: float
+    fixed: float
+    host_parameters: float
+    host_optimizer: float
+    host_checkpoints: float
+    levers: Levers
+
+    @property
+    def working(self) -> float:
+        """The most that is computed with at a time.
+
+        On a CPU a recomputed layer was seen to hold its attention and its MLP together, unless the MLP is tiled.
+        """
+        both = not self.levers.on_gpu and not self.levers.tiled_mlp
+        return max(self.attention + self.mlp if both else max(self.attention, self.mlp), self.head)
+
+    @property
+    def rank(self) -> float:
+        """Bytes on the device of a rank, margin included."""
+        resident = self.parameters + self.gradients + self.optimizer + self.gathered + self.checkpoints + self.fixed
+        return (GPU_MARGIN if self.levers.on_gpu else 1.0) * (resident + self.working)
+
+    @property
+    def node(self) -> float:
+        """Bytes of host memory on a node."""
+        host = self.host_parameters + self.host_optimizer + self.host_checkpoints
+        return self.levers.ranks_on_node * (host if self.levers.on_gpu else self.rank)
+
+    def fit(self, *, gpu_bytes: float, host_bytes: float) -> bool:
+        """Whether a card holds a rank and a node holds what its ranks keep there."""
+        on_card = not self.levers.on_gpu or self.rank <= USABLE * gpu_bytes
+        return on_card and self.node <= host_bytes
+
+
+def memory_terms(shape: ModelShape, *, tokens_per_rank: float, levers: Levers) -> MemoryTerms:
+    """Bytes by term for t = `tokens_per_rank` tokens of a pack on each rank.
+
+    ZeRO: the optimizer (12N: fp32 weights and two moments) is divided by R from stage 1 on, the gradients (w N) from
+    stage 2 on, the parameters (w N) in stage 3, which alone gathers. So stage 1 needs 2wN + 12N/R. Stage 0 in float32
+    updates the weights themselves: 8N. An optimizer on the host takes 16N/R there (fp32 gradients too) and, from stage
+    2 on, the gradients along; parameters on the host take w N/R.
+
+    Without gradient checkpointing every layer keeps w(3a + 2kv + 4f) t of projections and 24 h t of norms; seen on a
+    CPU only.
+    """
+    t, w, n, ranks = tokens_per_rank, levers.weight_bytes, shape.parameters, levers.ranks
+    h, a, kv, f, stage = shape.hidden, shape.width, shape.kv_width, shape.mlp, levers.zero_stage
+    parameters = w * n / (ranks if stage == 3 else 1)
+    gradients = w * n / (ranks if stage >= 2 else 1)
+    optimizer = 12 * n / ranks if stage >= 1 else (8 if w == 4 else 12) * n
+    checkpoints = shape.layers * t * (w * h if levers.gradient_checkpointing else w * (3 * a + 2 * kv + 4 * f) + 24 * h)
+    optimizer_off = levers.optimizer_on_host and levers.on_gpu
+    parameters_off = levers.parameters_on_host and levers.on_gpu
+    checkpoints_off = levers.checkpoints_on_host and levers.on_gpu
+    gathered_kv = 2 * kv * max(1, levers.sp_degree / shape.kv_heads)  # heads are repeated until each rank has one
+    norms = 4 * w * h * t
+    logits = t if levers.head_chunk is None else min(t, levers.head_chunk)
+    return MemoryTerms(
+        parameters=0 if parameters_off else parameters,
+        gradients=0 if optimizer_off and stage >= 2 else gradients,
+        optimizer=0 if optimizer_off else optimizer,
+        gathered=w * (2 * shape.layer_parameters + shape.vocabulary * h) if stage == 3 else 0,
+        checkpoints=0 if checkpoints_off else checkpoints,
+        attention=(w * (7 * a + 2 * kv + gathered_kv) + (8 * a if shape.qk_norm else 0)) * t + norms,
+        mlp=5 * w * f * (min(t, h) if levers.tiled_mlp else t) + norms,
+        head=12 * shape.vocabulary * logits,
+        fixed=GPU_FIXED if levers.on_gpu else CPU_FIXED,
+        host_parameters=parameters if parameters_off else 0,
+        host_optimizer=16 * n / ranks if optimizer_off else 0,
+        host_checkpoints=checkpoints if checkpoints_off else 0,
+        levers=levers,
+    )
+
+
+def longest_context(shape: ModelShape, levers: Levers, *, gpu_bytes: float, host_bytes: float) -> int:
+    """Most tokens of one pack, over its P ranks, that card and host hold: a multiple of P * GRANULARITY; 0 for none."""
+
+    def fits(units: int) -> bool:
+        terms = memory_terms(shape, tokens_per_rank=units * GRANULARITY, levers=levers)
+        return terms.fit(gpu_bytes=gpu_bytes, host_bytes=host_bytes)
+
+    above = 1
+    while fits(above):
+        above *= 2
+    fitting = above // 2  # fits, or is 0
+    while above - fitting > 1:
+        middle = (above + fitting) // 2
+        fitting, above = (middle, above) if fits(middle) else (fitting, middle)
+    return fitting * GRANULARITY * levers.sp_degree
+
+
+def cheapest_levers(
+    shape: ModelShape,
+    levers: Levers,
+    *,
+    tokens_per_rank: int,
+    gpu_bytes: float,
+    host_bytes: float,
+    among: Collection[str] = LADDER,
+) -> tuple[str, ...] | None:
+    """The levers of LADDER that hold so many tokens at the least cost, whatever `levers` says of them; none: no set.
+
+    A lever costs more than all before it together, so the sets are tried in the order of binary numbers.
+    """
+    for chosen in product((False, True), repeat=len(LADDER)):  # the last of LADDER is the highest digit
+        names = tuple(compress(LADDER, reversed(chosen)))
+        if not set(names) <= set(among):
+            continue
+        try:
+            tried = with_levers(levers, names)
+        except ConfigError:  # a lever that this ZeRO stage does not have
+            continue
+        terms = memory_terms(shape, tokens_per_rank=tokens_per_rank, levers=tried)
+        if terms.fit(gpu_bytes=gpu_bytes, host_bytes=host_bytes):
+            return names
+    return None
+
+
+def with_levers(levers: Levers, names: Collection[str]) -> Levers:
+    """`levers` with exactly these of LADDER. Raises ConfigError where the ZeRO stage does not have one of them."""
+    return replace(levers, **{name: name in names for name in LADDER})

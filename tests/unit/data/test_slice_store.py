@@ -1,0 +1,72 @@
+"""One slice to its files: every record is counted, and what is done is not done again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from longalign_ray.config import DataConfig
+from longalign_ray.data.slice_store import EVALUATION_FILE, index_file, summary_file, tokenise_slice
+from longalign_ray.data.store import BatchFile, part_name
+
+
+def settings_of(store: Path, model_dir: Path, **data: Any) -> dict[str, Any]:
+    store.mkdir(exist_ok=True)
+    np.save(store / EVALUATION_FILE, np.empty(0, np.uint64))
+    return {
+        "data": DataConfig(**data).model_dump(),
+        "role_order": "any",
+        "model_dir": str(model_dir),
+        "chat_template": None,
+        "store": str(store),
+    }
+
+
+def item_of(path: Path, number: int) -> dict[str, Any]:
+    part = {"path": str(path), "start": 0, "end": path.stat().st_size, "first_line": 1, "format": "jsonl"}
+    return {"number": number, "style": "auto", "compression": None, "endpoint": None, **part}
+
+
+def test_records_are_kept_cut_or_rejected_and_counted(tiny_model_dir: Path, tmp_path: Path) -> None:
+    def talk(name: str, question: str) -> dict[str, Any]:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "a" * 60}]
+        return {"id": name, "messages": turns}
+
+    records = [talk("short", "q"), talk("cut", "q" * 40), {"text": "t" * 230}, {"id": "x"}, talk("gone", "q" * 200)]
+    corpus, store = tmp_path / "corpus.jsonl", tmp_path / "store"
+    corpus.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    settings = settings_of(store, tiny_model_dir, max_length=100, too_long="cut_right")
+    assert tokenise_slice(item_of(corpus, 3), settings) == {"number": 3, "problem": ""}
+
+    summary = json.loads(summary_file(store, 3).read_text(encoding="utf-8"))
+    index = pq.read_table(index_file(store, 3)).to_pydict()
+    file = BatchFile(store / part_name(3))
+    whole = 40 + 60 + (index["length"][0] - 61)  # what the short one has beside its 1 + 60 letters
+    assert index["length"] == [index["length"][0], 100, 100, 100, 31]
+    assert summary["counts"] == {
+        "records": 5, "examples": 5, "cut_examples": 1, "cut_tokens": whole - 100, "text_pieces": 3
+    }  # fmt: skip
+    assert [(reject["line"], reject["reason"]) for reject in summary["rejects"]][1:] == [(5, "no_target_left")]
+    assert summary["rejects"][0]["line"] == 4
+    assert index["line"] == [1, 2, 3, 3, 3]
+    assert index["file"] == [3] * 5
+    assert index["row"] == list(range(5))
+    examples = [file.example(row) for row in range(5)]
+    assert [example.example_id for example in examples] == index["example_id"]
+    assert [example.num_targets for example in examples] == index["num_targets"]
+    assert [example.sum_weights for example in examples] == index["sum_weights"]
+
+
+def test_a_slice_that_is_done_is_not_read_again(tiny_model_dir: Path, tmp_path: Path) -> None:
+    corpus, settings = tmp_path / "corpus.jsonl", settings_of(tmp_path / "store", tiny_model_dir)
+    corpus.write_text(json.dumps({"text": "some text"}), encoding="utf-8")
+    item = item_of(corpus, 0)
+    tokenise_slice(dict(item), settings)
+    corpus.unlink()
+    assert tokenise_slice(dict(item), settings)["problem"] == ""
+    summary_file(tmp_path / "store", 0).unlink()
+    assert str(corpus) in tokenise_slice(dict(item), settings)["problem"]
