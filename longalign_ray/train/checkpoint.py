@@ -81,8 +81,8 @@ def export_model(
     """Writes the weights of a checkpoint as a Hugging Face directory with the base model's tokenizer.
 
     Returns the number of parameters. The fp32 master weights are rounded once, to `dtype`; the configuration carries
-    the `rope` that was trained with. An adapter is merged into the base model, or by `form` written
-    alone in peft's layout, to be loaded with the base model and its tokenizer.
+    the `rope` that was trained with. An adapter is merged into the base model, or by `form` written alone in peft's
+    layout, to be loaded with the base model and its tokenizer.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -99,6 +99,7 @@ def heldout_loss(
             losses_N = module(batch, reduce=False).double() * batch.weights_N
             if pack is not None:
                 sequence_N = torch.bucketize(batch.pack_positions_N, batch.cu_seqlens[1:], right=True)
+                sequence_N.clamp_(max=len(pack.example_ids) - 1)  # padding, whose weight is 0, is no example
                 first = int(plan.offsets[(step * plan.shape[1] + micro_step) * plan.shape[2] + group])
                 sums_H.index_add_(0, first + sequence_N, losses_N)
     module.train(was_training)
