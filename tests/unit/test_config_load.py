@@ -101,6 +101,20 @@ construct:
     ]
 
 
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ("{factor: 200}", "set scaling=base"),
+        ("{scaling: yarn}", "model.rope.scaling = yarn needs model.rope.window"),
+        ("{scaling: base, window: 2048}", "model.rope.window = 2048 is below data.max_length = 4096"),
+        ("{scaling: base, window: 8192, factor: 1}", "model.rope.factor = 1: input should be greater than 1"),
+    ],
+)
+def test_context_extension_names_what_is_missing(tmp_path: Path, rope: str, message: str) -> None:
+    [only] = problems(write(tmp_path, f"run_dir: a\nmodel:\n  rope: {rope}\n"))
+    assert message in only
+
+
 def test_a_rule_across_fields_is_reported_once_and_not_about_a_wrong_field(tmp_path: Path) -> None:
     recipe = write(tmp_path, "run_dir: a\npacking: {capacity: 1024}\n")
     assert len(problems(recipe)) == 1
