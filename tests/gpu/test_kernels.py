@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from longalign_ray.data.store import Example, Pack
 from longalign_ray.train import attention
 from longalign_ray.train.batch import to_batch
-from longalign_ray.train.model import prepare_model, verify_isolation
+from longalign_ray.train.model import prepare_model, verify_isolation, verify_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BOUNDARIES = (0, 700, 701, 1_000, 2_048)
@@ -23,19 +24,26 @@ def kernel(name: str) -> attention.Kernel:
         from torch.nn.attention.varlen import varlen_attn
 
         return lambda *tensors, **spec: attention.torch_varlen_kernel(*tensors, function=varlen_attn, **spec)
-    if importlib.util.find_spec("flash_attn") is None:
-        pytest.skip("flash-attn is not installed")
-    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+    module_name = {"flash": "flash_attn", "flash3": "flash_attn_interface"}[name]
+    if importlib.util.find_spec(module_name) is None:
+        pytest.skip(f"{module_name} is not installed")
+    function = importlib.import_module(module_name).flash_attn_varlen_func
+    return lambda *tensors, **spec: attention.flash_attn_kernel(*tensors, function=function, **spec)
 
-    return lambda *tensors, **spec: attention.flash_attn_kernel(*tensors, function=flash_attn_varlen_func, **spec)
 
-
-@pytest.mark.parametrize("name", ["torch", "flash"])
+@pytest.mark.parametrize(
+    ("name", "softcap"), [("torch", None), ("flash", None), ("flash", 2.0), ("flash3", None), ("flash3", 2.0)]
+)
 @pytest.mark.parametrize("kv_heads", [8, 2])
 @pytest.mark.parametrize("window", [None, 128])
-def test_kernel_equals_the_loop(name: str, kv_heads: int, window: int | None) -> None:
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_kernel_equals_the_loop(
+    name: str, softcap: float | None, kv_heads: int, window: int | None, width: int
+) -> None:
+    if name == "flash3" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("flash-attn 3 is made for Hopper")
     torch.manual_seed(0)
-    shapes = [(8, 2_048, 64), (kv_heads, 2_048, 64), (kv_heads, 2_048, 64)]
+    shapes = [(8, 2_048, width), (kv_heads, 2_048, width), (kv_heads, 2_048, width)]
     tensors = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     spec: dict[str, Any] = {
@@ -44,6 +52,7 @@ def test_kernel_equals_the_loop(name: str, kv_heads: int, window: int | None) ->
         "max_seqlen": 1_048,
         "scaling": 0.125,
         "sliding_window": window,
+        "softcap": softcap,
     }
     out, expected = kernel(name)(*tensors, **spec), attention.sdpa_loop(*exact, **spec)
     gradient = torch.randn_like(expected)
@@ -80,6 +89,7 @@ def test_packed_loss_and_gradient_on_the_gpu_equal_the_cpu() -> None:
         packed = prepare_model(model, gradient_checkpointing=True, head_chunk=64)
         if device == "cuda":
             verify_isolation(packed, vocab_size=64, device=device)
+            verify_loss(packed, vocab_size=64, device=device)
         loss = packed(to_batch(Pack.of(examples), loss="sequence", device=device))
         loss.backward()
         gradients = [p.grad for p in packed.parameters() if p.grad is not None]

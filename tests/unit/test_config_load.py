@@ -101,6 +101,7 @@ construct:
     ]
 
 
+<<<<<<< HEAD
 def test_ranks_that_share_packs(tmp_path: Path) -> None:
     recipe = write(
         tmp_path, "run_dir: a\ndata: {max_length: 4096}\npacking: {capacity: 1024}\ntrain: {num_workers: 6}\n"
@@ -114,6 +115,20 @@ def test_ranks_that_share_packs(tmp_path: Path) -> None:
         "train.num_workers to a multiple of 4 (override train.sp_degree=4)"
     ]
     assert load_config(recipe, ["train.sp_degree=6"]).train.sp_degree == 6
+=======
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ("{factor: 200}", "set scaling=base"),
+        ("{scaling: yarn}", "model.rope.scaling = yarn needs model.rope.window"),
+        ("{scaling: base, window: 2048}", "model.rope.window = 2048 is below data.max_length = 4096"),
+        ("{scaling: base, window: 8192, factor: 1}", "model.rope.factor = 1: input should be greater than 1"),
+    ],
+)
+def test_context_extension_names_what_is_missing(tmp_path: Path, rope: str, message: str) -> None:
+    [only] = problems(write(tmp_path, f"run_dir: a\nmodel:\n  rope: {rope}\n"))
+    assert message in only
+>>>>>>> b-loss
 
 
 def test_a_rule_across_fields_is_reported_once_and_not_about_a_wrong_field(tmp_path: Path) -> None:

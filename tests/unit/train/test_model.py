@@ -11,7 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from longalign_ray.config import DataConfig
+from longalign_ray.data.conversation import parse_record
 from longalign_ray.data.store import Example, Pack
+from longalign_ray.data.template import load_tokenizer
+from longalign_ray.data.tokenize import ConversationTokenizer
 from longalign_ray.errors import ModelError
 from longalign_ray.train import attention
 from longalign_ray.train.batch import dummy_pack, to_batch
@@ -201,6 +205,25 @@ def test_packed_gradient_equals_one_sequence_at_a_time(family: str, kind: LossKi
     for name, gradient in gradients.items():
         atol = ROUNDING.get(family, 1e-10) * scale
         torch.testing.assert_close(gradient, reference[name], rtol=0, atol=atol, msg=name)
+
+
+def test_plain_text_trains_with_document_masking(tiny_model_dir: Path) -> None:
+    """Continual pre-training: documents, one of them in pieces, in one pack; every token but the first is a target."""
+    maker = ConversationTokenizer(load_tokenizer(tiny_model_dir), DataConfig(train_on="all", max_length=20))
+    texts = ["A document in three pieces, of 20 tokens at most.", "Short.", "One more text."]
+    records = [parse_record({"text": text}, source="corpus", line_number=n) for n, text in enumerate(texts)]
+    examples = [example for record in records for example in maker.one(record).examples]
+    assert [example.length for example in examples] == [20, 20, 10, 7, 15]
+    config = llama(vocab_size=259)
+    plain, losses = build(config, packed=False), []
+    for example in examples:
+        ids = torch.tensor(example.input_ids, dtype=torch.int64)
+        losses.append(F.cross_entropy(plain(input_ids=ids[None], use_cache=False).logits[0, :-1], ids[1:]))
+    model = prepare_model(build(config, packed=True), gradient_checkpointing=True, head_chunk=16)
+    batch = to_batch(Pack.of(examples), loss="token")
+    assert batch.weights_N.tolist() == [1.0] * (20 + 20 + 10 + 7 + 15 - 5)
+    expected = sum(loss * (example.length - 1) for loss, example in zip(losses, examples, strict=True))
+    torch.testing.assert_close(model(batch), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
