@@ -101,7 +101,6 @@ construct:
     ]
 
 
-<<<<<<< HEAD
 def test_ranks_that_share_packs(tmp_path: Path) -> None:
     recipe = write(
         tmp_path, "run_dir: a\ndata: {max_length: 4096}\npacking: {capacity: 1024}\ntrain: {num_workers: 6}\n"
@@ -115,7 +114,8 @@ def test_ranks_that_share_packs(tmp_path: Path) -> None:
         "train.num_workers to a multiple of 4 (override train.sp_degree=4)"
     ]
     assert load_config(recipe, ["train.sp_degree=6"]).train.sp_degree == 6
-=======
+
+
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
@@ -128,7 +128,6 @@ def test_ranks_that_share_packs(tmp_path: Path) -> None:
 def test_context_extension_names_what_is_missing(tmp_path: Path, rope: str, message: str) -> None:
     [only] = problems(write(tmp_path, f"run_dir: a\nmodel:\n  rope: {rope}\n"))
     assert message in only
->>>>>>> b-loss
 
 
 def test_a_rule_across_fields_is_reported_once_and_not_about_a_wrong_field(tmp_path: Path) -> None:
