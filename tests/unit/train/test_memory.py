@@ -260,5 +260,5 @@ def test_measured_peak_of_a_process(tokens: int, checkpointing: bool) -> None:
     }
     measured = measure(config, tokens, steps=1, checkpointing=checkpointing)
     expected = forecast(config, tokens, fixed=measured.fixed, checkpointing=checkpointing)
-    assert expected.checkpoints + expected.working > 0.7 * measured.fixed
+    assert expected.checkpoints + expected.working > 0.5 * measured.fixed
     assert expected.rank == pytest.approx(measured.peak, rel=0.2)
