@@ -197,7 +197,7 @@ def leaks_found() -> int:
 def run_rank(rank: int, world_size: int, port: int, cases: list[Case], results: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     errors, leaks = [step_error(case) for case in cases], leaks_found()
     if rank == 0:
         results.write_text(json.dumps({"errors": errors, "leaks_found": leaks}), encoding="utf-8")

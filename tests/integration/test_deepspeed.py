@@ -16,7 +16,7 @@ import pytest
 from tests.integration.deepspeed_ranks import Case
 
 FAMILIES = ("llama", "qwen3", "mistral", "glm4")
-# Every stage with every family and degree; micro-steps and losses go round, so that each pair of settings occurs.
+# Every stage with every family; micro-steps and losses go round, so that each pair of settings occurs.
 GRID = [
     Case(
         zero_stage=stage,
@@ -38,13 +38,10 @@ RING = [
 FOUR_RANKS = [
     Case(zero_stage=3, sp_degree=2, micro_steps=3),
     Case(zero_stage=2, sp_degree=2, micro_steps=1, family="mistral", loss="token"),
-    Case(zero_stage=1, sp_degree=4, micro_steps=3, family="qwen3"),
     Case(zero_stage=2, sp_degree=4, family="mistral-2-heads", micro_steps=3),
-    Case(zero_stage=None, sp_degree=4, family="mistral-2-heads", dtype="float64", micro_steps=1),
     Case(zero_stage=None, sp_degree=4, family="llama-3-heads", dtype="float64"),
 ]
 CASES = {2: GRID + DOUBLE + RING, 4: FOUR_RANKS}
-
 
 Results = dict[int, dict[str, Any]]
 
