@@ -61,7 +61,7 @@ def measure(
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(done.stderr)
+        raise RuntimeError(f"{tokens} tokens: exit {done.returncode} (-9: killed, memory ran out) {done.stderr}")
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
 
