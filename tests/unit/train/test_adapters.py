@@ -51,6 +51,17 @@ def test_a_new_adapter_leaves_the_model_itself(tmp_path: Path) -> None:
     assert model(to_batch(pack, loss="sequence")).item() == before.item()
 
 
+def test_the_seed_alone_decides_how_it_begins() -> None:
+    def first_a(other: int) -> torch.Tensor:
+        model = prepare_model(build(torch.float32, packed=True), gradient_checkpointing=False, head_chunk=8)
+        torch.manual_seed(other)
+        add_adapter(model, AdapterConfig(), seed=1)
+        assert torch.initial_seed() == other, "the random state of others moved"
+        return model.model.get_submodule("model.layers.0.self_attn.q_proj").lora_A["default"].weight
+
+    assert torch.equal(first_a(5), first_a(6))
+
+
 @pytest.mark.parametrize(("targets", "message"), [(("q_prj",), "q_prj"), (("q_proj", "lm_head"), "leave lm_head out")])
 def test_layers_that_cannot_have_one_are_refused(targets: tuple[str, ...], message: str) -> None:
     model = prepare_model(build(torch.float64, packed=True), gradient_checkpointing=False, head_chunk=8)
