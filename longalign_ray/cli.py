@@ -135,12 +135,12 @@ def _run(arguments: argparse.Namespace) -> int:
 def _dry_run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from longalign_ray import stages
     from longalign_ray.config_load import dump_config, load_config
     from longalign_ray.run_dir import RunDir
+    from longalign_ray.stage_state import stage_states
 
     config = load_config(arguments.recipe, arguments.overrides)
-    states = stages.stage_states(config, RunDir(Path(config.run_dir)))
+    states = stage_states(config, RunDir(Path(config.run_dir)))
     print(dump_config(config) + "\n" + "\n".join(f"{stage:<18} {state}" for stage, state in states))
     return 0
 

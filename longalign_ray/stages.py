@@ -21,17 +21,11 @@ from longalign_ray.config import DEFAULT_SOURCE, RunConfig, SourceConfig
 from longalign_ray.config_load import dump_config, load_config
 from longalign_ray.errors import CheckpointError, ConfigError, LongAlignError
 from longalign_ray.model_source import local_model_dir
-from longalign_ray.run_dir import STAGES, Manifest, RunDir, digest
+from longalign_ray.run_dir import Manifest, RunDir
+from longalign_ray.stage_state import first_run_dir, is_done, resume_digest, stage_digest
 
 logger = logging.getLogger(__name__)
 
-WATCHING = ("heldout_every", "max_loss_ratio", "profile_steps", "sinks")
-"""Settings of `train` that change no weight: a run may continue with others."""
-RESUMES_WITH_OTHER = (
-    "num_workers", "cpus_per_worker", "use_gpu", "zero_stage", "offload_optimizer", "gradient_checkpointing",
-    "head_chunk", "checkpoint_every", "keep_checkpoints", "keep_best", "checkpoint_storage", "max_failures", *WATCHING,
-)  # fmt: skip
-"""Settings of `train` that an interrupted run may change and still continue: the steps stay the same."""
 PACKAGES = ("longalign_ray", "ray", "torch", "transformers", "deepspeed", "pyarrow")
 
 
@@ -150,7 +144,7 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
             steps = "stay the same" if anew.digest == plan.digest else "change"
             logger.info("train: planned anew for %d ranks, %d a pack; the steps %s", ranks, anew.sp_degree, steps)
         mark = run_dir.root / "train" / "config_digest"
-        current = _resume_digest(config, run_dir)
+        current = resume_digest(config, run_dir)
         if mark.exists() and mark.read_text(encoding="utf-8") != current:
             ray_train.clear_training(config, run_dir)
         mark.parent.mkdir(parents=True, exist_ok=True)
@@ -271,16 +265,17 @@ def report(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
 
 def run(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
     """Every stage in order; returns the summary of the report."""
-    if (first := config.first) is not None:
-        _, first_dir = open_run_of(first)
-        logger.info("before: %s", first_dir.root)
-        _make_model(first, first_dir)
     _make_model(config, run_dir)
     evaluate(config, run_dir)
     return report(config, run_dir)
 
 
 def _make_model(config: RunConfig, run_dir: RunDir) -> None:
+    """The stages that end in `run_dir.model`, after those of the run that comes before."""
+    if config.first is not None:
+        first, first_dir = open_run_of(config.first)
+        logger.info("before: %s", first_dir.root)
+        _make_model(first, first_dir)
     if not config.corpus.named:
         construct(config, run_dir)
     for stage in (prepare, train, export):
@@ -296,78 +291,12 @@ def starting_model(config: RunConfig, run_dir: RunDir) -> Path:
     return model
 
 
-def first_run_dir(run_dir: RunDir) -> RunDir:
-    """Where the run that comes before the one of `run_dir` has its artefacts."""
-    return RunDir(run_dir.root / "before")
-
-
 def corpus_sources(config: RunConfig, run_dir: RunDir) -> dict[str, SourceConfig]:
     """The recipe's corpus by the names of its sources, or the output of `construct`."""
     if config.corpus.named:
         return config.corpus.named
     _need(run_dir.conversations, "construct")
     return {DEFAULT_SOURCE: SourceConfig(paths=(str(run_dir.conversations),), style=config.corpus.style)}
-
-
-def stage_digest(config: RunConfig, run_dir: RunDir, stage: str) -> str:
-    """Digest of everything that the result of `stage` depends on: its settings and its upstream manifest."""
-    dump = config.model_dump(mode="json")
-    sections: dict[str, list[Any]] = {
-        "construct": [dump["construct"]],
-        "prepare": [
-            dump["corpus"],
-            dump["mixture"],
-            dump["data"],
-            dump["packing"],
-            dump["model"],
-            _corpus_state(config),
-            config.train.epochs,
-            config.train.max_steps,
-        ],
-        "train": [{name: value for name, value in dump["train"].items() if name not in WATCHING}],
-        "export": [dump["export"]],
-        "evaluate": [dump["evaluate"]],
-    }
-    upstream = {"prepare": "construct", "train": "prepare", "export": "train", "evaluate": "export"}.get(stage)
-    if stage == "prepare" and config.corpus.named:
-        upstream = None
-    above = [run_dir.manifest(upstream)] if upstream else []
-    if stage == "prepare" and config.before is not None:
-        above.append(first_run_dir(run_dir).manifest("export"))
-    manifests = [Manifest.load(path) for path in above]
-    return digest(stage, config.seed, sections[stage], [made.config_digest if made else None for made in manifests])
-
-
-def _resume_digest(config: RunConfig, run_dir: RunDir) -> str:
-    """Digest of what must stay as it was for training to continue: all but where it runs and what it leaves behind."""
-    same = config.train.model_dump(mode="json", exclude=set(RESUMES_WITH_OTHER))
-    return digest(
-        "train", config.seed, same, getattr(Manifest.load(run_dir.manifest("prepare")), "config_digest", None)
-    )
-
-
-def is_done(config: RunConfig, run_dir: RunDir, stage: str) -> Manifest | None:
-    """The manifest of a stage that is complete for this configuration, else None."""
-    manifest = Manifest.load(run_dir.manifest(stage))
-    if manifest is None or manifest.config_digest != stage_digest(config, run_dir, stage):
-        return None
-    return manifest if all(Path(output).exists() for output in manifest.outputs) else None
-
-
-def stage_states(config: RunConfig, run_dir: RunDir) -> list[tuple[str, str]]:
-    """What `run` would do: each stage with `done`, `to do`, or why it is left out."""
-    states = []
-    stale = False
-    if (first := config.first) is not None:
-        states = [(f"before: {name}", state) for name, state in stage_states(first, first_run_dir(run_dir))[:4]]
-        stale = any(state == "to do" for _, state in states)
-    for stage in STAGES[:-1]:
-        if stage == "construct" and config.corpus.named:
-            states.append((stage, f"not needed: corpus.{'paths' if config.corpus.paths else 'sources'} is given"))
-            continue
-        stale = stale or is_done(config, run_dir, stage) is None
-        states.append((stage, "to do" if stale else "done"))
-    return [*states, ("report", "to do")]
 
 
 def _stage(config: RunConfig, run_dir: RunDir, stage: str, work: Callable[[], Manifest]) -> Manifest:
@@ -427,18 +356,6 @@ def _need(path: Path, stage: str) -> None:
         raise LongAlignError(f"{path} does not exist: run `longalign {stage}` first, or `longalign run` for all stages")
 
 
-def _corpus_state(config: RunConfig) -> list[Any]:
-    """Name, size and version of each file of the corpus and of the evaluation sets that it must not hold, so that a
-    changed corpus is prepared anew."""
-    from longalign_ray.data.corpus_files import corpus_files
-    from longalign_ray.data.decontaminate import evaluation_state
-
-    endpoint = config.corpus.storage_endpoint
-    patterns = [path for source in config.corpus.named.values() for path in source.paths]
-    states = [file.state for file in corpus_files(patterns, endpoint=endpoint)]
-    return [*states, *evaluation_state(config.data.decontaminate.paths, endpoint=endpoint)]
-
-
 def _check_window(config: RunConfig, model_dir: Path) -> None:
     from longalign_ray.train.rope import check_window
 
@@ -452,10 +369,11 @@ def _check_disk(config: RunConfig, run_dir: RunDir, model_dir: Path) -> None:
         return
     weights = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
     stored = json.loads((model_dir / "config.json").read_text(encoding="utf-8")).get("dtype")
-    needed = 16 * weights // (4 if stored == "float32" else 2) * (config.train.keep_checkpoints + 1)
+    number = config.train.keep_checkpoints + int(config.train.keep_best)
+    needed = 16 * weights // (4 if stored == "float32" else 2) * (number + 1)
     free = shutil.disk_usage(run_dir.root).free
     if free < needed:
         raise LongAlignError(
-            f"run_dir = {config.run_dir} has {free / 1e9:.1f} GB free, and {config.train.keep_checkpoints} checkpoints "
+            f"run_dir = {config.run_dir} has {free / 1e9:.1f} GB free, and {number} checkpoints "
             f"need up to {needed / 1e9:.1f} GB: free space, choose another run_dir, or lower train.keep_checkpoints"
         )

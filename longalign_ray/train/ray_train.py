@@ -19,6 +19,7 @@ from longalign_ray.logs import MetricsWriter, progress, read_metrics
 from longalign_ray.run_dir import RunDir
 from longalign_ray.train.checkpoint import TrainState
 from longalign_ray.train.checkpoint_store import CheckpointStore
+from longalign_ray.train.memory import CPU_ALLOCATOR
 from longalign_ray.train.ray_checkpoints import Uploads, checkpoint_store, pruning
 from longalign_ray.train.sinks import Sinks, check_installed, open_sinks
 
@@ -72,6 +73,8 @@ def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> str:
             storage_path=str(PurePosixPath(store.path).parent),
             storage_filesystem=store.filesystem,
             failure_config=FailureConfig(max_failures=config.train.max_failures),
+            # glibc reads it when a process starts, so it cannot be set by the worker itself
+            worker_runtime_env={} if config.train.use_gpu else {"env_vars": CPU_ALLOCATOR},
             callbacks=[pruning(store, keep=config.train.keep_checkpoints, keep_best=config.train.keep_best)],
         ),
     )

@@ -142,7 +142,8 @@ def padded_tokens_per_cpu_second(model: PackedLM, store: TokenStore, *, own_loss
         else:
             hidden = backbone.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             targets = labels[:, 1:] != -100
-            loss = backbone.lm_head(hidden[:, :-1][targets], labels[:, 1:][targets]).mean()
+            weights = torch.full((int(targets.sum()),), 1 / int(targets.sum()))
+            loss = backbone.lm_head(hidden[:, :-1][targets], labels[:, 1:][targets], weights)
         loss.backward()
         tokens += sum(example.length for example in examples)
     backbone.set_attn_implementation(attention.NAME)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longalign_ray import stages
+from longalign_ray import stage_state, stages
 from longalign_ray.data import corpus as corpus_module
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.store import ExampleIndex
@@ -118,7 +118,7 @@ def test_duplicates_and_contamination_whatever_the_slices_and_workers(
             command = [sys.executable, "-m", "longalign_ray.cli", "prepare", str(recipe), "ray.num_cpus=1"]
             subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": os.getcwd()}, timeout=300)
             config, run_dir = stages.open_run(recipe, ["ray.num_cpus=1"])
-            manifest = stages.is_done(config, run_dir, "prepare")
+            manifest = stage_state.is_done(config, run_dir, "prepare")
             assert manifest is not None
         else:
             monkeypatch.setattr(corpus_module.cut_into_slices, "__kwdefaults__", {"slice_bytes": slice_bytes})

@@ -13,6 +13,7 @@ import pytest
 from longalign_ray import stages
 from longalign_ray.cli import HELP, main
 from longalign_ray.errors import CorpusError, LongAlignError
+from longalign_ray.run_dir import STAGES
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +129,7 @@ def test_dry_run_shows_config_and_stages_and_writes_nothing(recipe: Path, capsys
     code, out, _ = run(capsys, "run", recipe, "seed=7", "--dry-run")
     assert code == 0
     assert "seed: 7" in out
-    assert [line.split()[0] for line in out.splitlines()[-6:]] == [*stages.STAGES]
+    assert [line.split()[0] for line in out.splitlines()[-6:]] == [*STAGES]
     assert not (recipe.parent / "run").exists()
 
 

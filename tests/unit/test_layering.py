@@ -47,6 +47,7 @@ LAYERS = {
     "evaluate.runner": 6,
     "evaluate.report": 6,
     "config_load": 7,
+    "stage_state": 6,
     "stages": 7,
     "plan_command": 7,
     "plan_memory": 7,

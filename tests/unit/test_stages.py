@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from longalign_ray import stages
+from longalign_ray import stage_state, stages
 from longalign_ray.config import RunConfig
 from longalign_ray.config_load import load_config
 from longalign_ray.errors import CorpusError, LongAlignError
@@ -25,7 +25,7 @@ def config_of(tmp_path: Path, *overrides: str) -> RunConfig:
 
 def mark_done(config: RunConfig, run_dir: RunDir, *names: str) -> None:
     for name in names:
-        digest = stages.stage_digest(config, run_dir, name)
+        digest = stage_state.stage_digest(config, run_dir, name)
         Manifest(name, digest, inputs=[], outputs=[], counts={}, dropped_by_reason={}).save(run_dir.manifest(name))
 
 
@@ -47,7 +47,7 @@ def test_a_changed_setting_makes_its_stage_and_the_later_ones_due(
 ) -> None:
     run_dir = RunDir(tmp_path / "run")
     mark_done(config_of(tmp_path), run_dir, "prepare", "train", "export", "evaluate")
-    states = dict(stages.stage_states(config_of(tmp_path, override), run_dir))
+    states = dict(stage_state.stage_states(config_of(tmp_path, override), run_dir))
     assert [stage for stage, state in states.items() if state == "to do" and stage != "report"] == to_do
     assert "not needed" in states["construct"]
 
@@ -55,12 +55,12 @@ def test_a_changed_setting_makes_its_stage_and_the_later_ones_due(
 def test_a_changed_corpus_or_a_lost_output_is_due(tmp_path: Path) -> None:
     config, run_dir = config_of(tmp_path), RunDir(tmp_path / "run")
     mark_done(config, run_dir, "prepare")
-    assert stages.is_done(config, run_dir, "prepare")
+    assert stage_state.is_done(config, run_dir, "prepare")
     (tmp_path / "corpus.jsonl").write_text("{}")
-    assert stages.is_done(config, run_dir, "prepare") is None
-    digest = stages.stage_digest(config, run_dir, "prepare")
+    assert stage_state.is_done(config, run_dir, "prepare") is None
+    digest = stage_state.stage_digest(config, run_dir, "prepare")
     Manifest("prepare", digest, [], [str(tmp_path / "gone")], {}, {}).save(run_dir.manifest("prepare"))
-    assert stages.is_done(config, run_dir, "prepare") is None
+    assert stage_state.is_done(config, run_dir, "prepare") is None
 
 
 def test_what_comes_before_makes_the_rest_due(tmp_path: Path) -> None:
@@ -68,18 +68,32 @@ def test_what_comes_before_makes_the_rest_due(tmp_path: Path) -> None:
     assert config.first is not None
     with pytest.raises(LongAlignError, match=r"before/model/config.json does not exist: run `longalign run` first"):
         stages.starting_model(config, run_dir)
-    first_dir = stages.first_run_dir(run_dir)
+    first_dir = stage_state.first_run_dir(run_dir)
     mark_done(config.first, first_dir, "prepare", "train", "export")
     mark_done(config, run_dir, "prepare", "train", "export", "evaluate")
-    assert "to do" not in [state for _, state in stages.stage_states(config, run_dir)][:-1]
+    assert "to do" not in [state for _, state in stage_state.stage_states(config, run_dir)][:-1]
     changed = config_of(tmp_path, "before.train.epochs=3")
-    states = stages.stage_states(changed, run_dir)
+    states = stage_state.stage_states(changed, run_dir)
     assert [stage for stage, state in states if state == "to do"] == [
         "before: prepare", "before: train", "before: export", "prepare", "train", "export", "evaluate", "report",
     ]  # fmt: skip
     assert changed.first is not None
     mark_done(changed.first, first_dir, "prepare", "train", "export")
-    assert stages.is_done(changed, run_dir, "prepare") is None  # it starts from another model
+    assert stage_state.is_done(changed, run_dir, "prepare") is None  # it starts from another model
+
+
+def test_runs_before_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, run_dir = config_of(tmp_path, "before={before: {seed: 5}, seed: 6}", "seed=7"), RunDir(tmp_path / "run")
+    done: list[tuple[str, int, str]] = []
+    for name in ("prepare", "train", "export", "evaluate", "report"):
+        monkeypatch.setattr(stages, name, lambda c, d, name=name: done.append((name, c.seed, d.root.name)))
+    stages.run(config, run_dir)
+    made = [(name, seed, where) for seed, where in ((5, "before"), (6, "before"), (7, "run"))
+            for name in ("prepare", "train", "export")]  # fmt: skip
+    assert done == [*made, ("evaluate", 7, "run"), ("report", 7, "run")]
+    assert (run_dir.root / "before" / "before" / "config.yaml").exists()
+    names = [name for name, _ in stage_state.stage_states(config, run_dir)]
+    assert [names.count(f"{depth}train") for depth in ("", "before: ", "before: before: ")] == [1, 1, 1]
 
 
 def test_a_missing_corpus_is_named(tmp_path: Path) -> None:
@@ -87,7 +101,7 @@ def test_a_missing_corpus_is_named(tmp_path: Path) -> None:
     mark_done(config, run_dir, "prepare")
     (tmp_path / "corpus.jsonl").unlink()
     with pytest.raises(CorpusError, match=r"corpus\.jsonl"):
-        stages.is_done(config, run_dir, "prepare")
+        stage_state.is_done(config, run_dir, "prepare")
 
 
 def test_too_little_disk_space_stops_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

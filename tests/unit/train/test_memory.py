@@ -1,10 +1,9 @@
-"""The forecast of memory: published peaks, numbers worked by hand, searches against plain loops, measured peaks."""
+"""The forecast of memory: published peaks, numbers worked by hand, searches against plain loops."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, TypedDict
 
 import pytest
@@ -22,7 +21,6 @@ from longalign_ray.train.memory import (
     with_levers,
 )
 from longalign_ray.train.model_shape import ModelShape
-from tests.benchmarks.memory_by_tokens import forecast, measure
 
 LLAMA_8B = ModelShape(layers=32, hidden=4_096, heads=32, kv_heads=8, head_dim=128, mlp=14_336, vocabulary=128_256)
 LLAMA_70B = ModelShape(layers=80, hidden=8_192, heads=64, kv_heads=8, head_dim=128, mlp=28_672, vocabulary=128_256)
@@ -244,21 +242,3 @@ def test_cheapest_of_those_that_there_are() -> None:
 def test_levers_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Levers(**options)
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read as Linux tells it")
-@pytest.mark.parametrize(("tokens", "checkpointing"), [(4_096, True), (8_192, True), (4_096, False)])
-def test_measured_peak_of_a_process(tokens: int, checkpointing: bool) -> None:
-    """An AdamW step of a model whose activations outweigh the process: narrow, with wide MLPs."""
-    config = {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 4_096,
-        "vocab_size": 512,
-    }
-    measured = measure(config, tokens, steps=1, checkpointing=checkpointing)
-    expected = forecast(config, tokens, fixed=measured.fixed, checkpointing=checkpointing)
-    assert expected.checkpoints + expected.working > 0.5 * measured.fixed
-    assert expected.rank == pytest.approx(measured.peak, rel=0.2)

@@ -1,0 +1,95 @@
+"""Which stages of a run are done: a digest of all that the result of a stage depends on, in its manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from longalign_ray.config import RunConfig
+from longalign_ray.run_dir import STAGES, Manifest, RunDir, digest
+
+WATCHING = ("heldout_every", "max_loss_ratio", "profile_steps", "sinks")
+"""Settings of `train` that change no weight: a run may continue with others."""
+RESUMES_WITH_OTHER = (
+    "num_workers", "cpus_per_worker", "use_gpu", "zero_stage", "offload_optimizer", "gradient_checkpointing",
+    "head_chunk", "checkpoint_every", "keep_checkpoints", "keep_best", "checkpoint_storage", "max_failures", *WATCHING,
+)  # fmt: skip
+"""Settings of `train` that an interrupted run may change and still continue: the steps stay the same."""
+
+
+def stage_digest(config: RunConfig, run_dir: RunDir, stage: str) -> str:
+    """Digest of everything that the result of `stage` depends on: its settings and its upstream manifest."""
+    dump = config.model_dump(mode="json")
+    sections: dict[str, list[Any]] = {
+        "construct": [dump["construct"]],
+        "prepare": [
+            dump["corpus"],
+            dump["mixture"],
+            dump["data"],
+            dump["packing"],
+            dump["model"],
+            _corpus_state(config),
+            config.train.epochs,
+            config.train.max_steps,
+        ],
+        "train": [{name: value for name, value in dump["train"].items() if name not in WATCHING}],
+        "export": [dump["export"]],
+        "evaluate": [dump["evaluate"]],
+    }
+    upstream = {"prepare": "construct", "train": "prepare", "export": "train", "evaluate": "export"}.get(stage)
+    if stage == "prepare" and config.corpus.named:
+        upstream = None
+    above = [run_dir.manifest(upstream)] if upstream else []
+    if stage == "prepare" and config.before is not None:
+        above.append(first_run_dir(run_dir).manifest("export"))
+    manifests = [Manifest.load(path) for path in above]
+    return digest(stage, config.seed, sections[stage], [made.config_digest if made else None for made in manifests])
+
+
+def resume_digest(config: RunConfig, run_dir: RunDir) -> str:
+    """Digest of what must stay as it was for training to continue: all but where it runs and what it leaves behind."""
+    same = config.train.model_dump(mode="json", exclude=set(RESUMES_WITH_OTHER))
+    return digest(
+        "train", config.seed, same, getattr(Manifest.load(run_dir.manifest("prepare")), "config_digest", None)
+    )
+
+
+def is_done(config: RunConfig, run_dir: RunDir, stage: str) -> Manifest | None:
+    """The manifest of a stage that is complete for this configuration, else None."""
+    manifest = Manifest.load(run_dir.manifest(stage))
+    if manifest is None or manifest.config_digest != stage_digest(config, run_dir, stage):
+        return None
+    return manifest if all(Path(output).exists() for output in manifest.outputs) else None
+
+
+def stage_states(config: RunConfig, run_dir: RunDir) -> list[tuple[str, str]]:
+    """What `run` would do: each stage with `done`, `to do`, or why it is left out."""
+    states = []
+    stale = False
+    if (first := config.first) is not None:
+        states = [(f"before: {name}", state) for name, state in stage_states(first, first_run_dir(run_dir))[:-2]]
+        stale = any(state == "to do" for _, state in states)
+    for stage in STAGES[:-1]:
+        if stage == "construct" and config.corpus.named:
+            states.append((stage, f"not needed: corpus.{'paths' if config.corpus.paths else 'sources'} is given"))
+            continue
+        stale = stale or is_done(config, run_dir, stage) is None
+        states.append((stage, "to do" if stale else "done"))
+    return [*states, ("report", "to do")]
+
+
+def first_run_dir(run_dir: RunDir) -> RunDir:
+    """Where the run that comes before the one of `run_dir` has its artefacts."""
+    return RunDir(run_dir.root / "before")
+
+
+def _corpus_state(config: RunConfig) -> list[Any]:
+    """Name, size and version of each file of the corpus and of the evaluation sets that it must not hold, so that a
+    changed corpus is prepared anew."""
+    from longalign_ray.data.corpus_files import corpus_files
+    from longalign_ray.data.decontaminate import evaluation_state
+
+    endpoint = config.corpus.storage_endpoint
+    patterns = [path for source in config.corpus.named.values() for path in source.paths]
+    states = [file.state for file in corpus_files(patterns, endpoint=endpoint)]
+    return [*states, *evaluation_state(config.data.decontaminate.paths, endpoint=endpoint)]
