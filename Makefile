@@ -38,7 +38,7 @@ quickstart: setup
 	$(BIN)/longalign run jobs/recipes/quickstart.yaml $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -272,7 +272,14 @@ class TrainConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 3
     """DeepSpeed ZeRO stage."""
     offload_optimizer: bool = False
-    """Keep the optimizer state in host memory."""
+    """Keep the optimizer state in host memory; ZeRO 1 to 3."""
+    offload_parameters: bool = False
+    """Keep the weights in host memory, but for the layers at work; ZeRO 3."""
+    offload_checkpoints: bool = False
+    """Keep what gradient checkpointing saves of each layer in host memory."""
+    tiled_mlp: bool = False
+    """Compute MLPs a tile of tokens at a time, and once more in the backward pass: their memory then does not grow with
+    the context."""
     epochs: PositiveInt = 1
     """Passes over the corpus; every epoch is planned anew by seed."""
     max_steps: PositiveInt | None = None
@@ -326,6 +333,22 @@ class TrainConfig(Section):
         if value is not None and value[0] > value[1]:
             raise ValueError(f"train.profile_steps = {list(value)} ends before it begins: give [first, last]")
         return value
+
+    @model_validator(mode="after")
+    def _something_to_offload(self) -> TrainConfig:
+        wrong = []
+        if self.offload_optimizer and self.zero_stage == 0:
+            wrong.append("train.offload_optimizer = true needs ZeRO, and train.zero_stage = 0: set it to 1, 2 or 3")
+        if self.offload_parameters and self.zero_stage < 3:
+            wrong.append(
+                f"train.offload_parameters = true needs weights in shards, and train.zero_stage = {self.zero_stage}: "
+                "set it to 3"
+            )
+        if self.offload_checkpoints and not self.gradient_checkpointing:
+            wrong.append("train.offload_checkpoints = true needs train.gradient_checkpointing = true, which makes them")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
 
     @field_validator("num_workers", mode="before")
     @classmethod

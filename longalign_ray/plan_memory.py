@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-from longalign_ray.config import RunConfig, TrainConfig
+from longalign_ray.config import RunConfig
 from longalign_ray.data.cost import SequenceCost
 from longalign_ray.data.make_plan import PlanSettings
 from longalign_ray.data.plan_score import PlanScore
@@ -31,10 +31,8 @@ SETTINGS = {
     "checkpoints_on_host": "offload_checkpoints",
     "optimizer_on_host": "offload_optimizer",
     "parameters_on_host": "offload_parameters",
-    "sp_degree": "sp_degree",
 }
-"""The setting in the recipe's `train` section that a lever is; one that the section lacks is not in the trainer."""
-IN_TRAINER = tuple(lever for lever, setting in SETTINGS.items() if setting in TrainConfig.model_fields)
+"""The setting in the recipe's `train` section that a lever is."""
 HOST_MEMORY_GB = 1_800.0
 """Of a machine with eight GPUs, when nothing is said."""
 
@@ -62,8 +60,8 @@ class Forecast:
             names = names[:3] if self.levers.zero_stage else names[:2]
         return [names[:number] for number in range(len(names) + 1)]
 
-    def cheapest(self, among: tuple[str, ...] = LADDER) -> tuple[str, ...] | None:
-        return cheapest_levers(self.shape, self.levers, tokens_per_rank=self.tokens_per_rank, among=among, **self.room)
+    def cheapest(self) -> tuple[str, ...] | None:
+        return cheapest_levers(self.shape, self.levers, tokens_per_rank=self.tokens_per_rank, **self.room)
 
     def zero_1(self) -> MemoryTerms:
         return memory_terms(
@@ -98,7 +96,7 @@ def levers_of_recipe(config: RunConfig) -> Levers:
         weight_bytes=4 if dtype == "float32" else 2,
         on_gpu=on_gpu,
     )
-    return with_levers(levers, [name for name in LADDER if name in IN_TRAINER and getattr(own, SETTINGS[name])])
+    return with_levers(levers, [name for name in LADDER if getattr(own, SETTINGS[name])])
 
 
 def forecast(shape: ModelShape, levers: Levers, settings: PlanSettings, arguments: argparse.Namespace) -> Forecast:
@@ -162,7 +160,6 @@ def as_json(made: Forecast, took: Times | None) -> dict[str, Any]:
         "fits": made.terms.fit(**made.room),
         "longest_context": longest_context(made.shape, made.levers, **made.room),
         "cheapest_levers": made.cheapest(),
-        "cheapest_levers_in_trainer": made.cheapest(IN_TRAINER),
         "zero_1": {"rank_bytes": zero_1.rank, "fits": zero_1.fit(**made.room)},
     }
     if took is not None:
@@ -222,19 +219,13 @@ def _ladder(made: Forecast) -> str:
         tried = with_levers(levers, names)
         terms = memory_terms(made.shape, tokens_per_rank=made.tokens_per_rank, levers=tried)
         longest = longest_context(made.shape, tried, **made.room)
-        mark = "" if set(names[-1:]) <= set(IN_TRAINER) else "  not in the trainer yet"
         name = f"+ {_words(names[-1:])}" if names else "no lever"
         most = f"{longest:,}" if longest else "-"
-        lines.append(f"{name:<24} {terms.rank / 1e9:>9.2f} {terms.node / 1e9:>10.1f} {most:>13}{mark}")
+        lines.append(f"{name:<24} {terms.rank / 1e9:>9.2f} {terms.node / 1e9:>10.1f} {most:>13}")
     own = longest_context(made.shape, levers, **made.room)
-    cheapest, possible = made.cheapest(), made.cheapest(IN_TRAINER)
-    found = f"Cheapest that holds {made.tokens_per_rank:,} tokens a rank: {_words(cheapest)}"
-    if cheapest != possible:
-        found += f"; of what the trainer has: {_words(possible)}"
+    found = f"Cheapest that holds {made.tokens_per_rank:,} tokens a rank: {_words(made.cheapest())}"
     used = _words(tuple(name for name in LADDER if getattr(levers, name)))
     notes = [f"Longest pack with the levers as set ({used}): {own:,} tokens on {levers.sp_degree} ranks. {found}."]
-    if levers.sp_degree > 1 and "sp_degree" not in IN_TRAINER:
-        notes.append("Packs shared by several ranks are not in the trainer yet.")
     if made.shape.heads % levers.sp_degree:
         notes.append(f"{levers.sp_degree} ranks do not divide the {made.shape.heads} heads: that needs a ring.")
     return "\n".join(lines) + "\n\n" + "\n".join(notes)

@@ -123,11 +123,36 @@ def training(summary: Summary) -> str:
         f"{trained['tokens_per_second']:,.0f} tokens/s over all steps; peak memory of a rank "
         f"{trained['max_memory_gb']:.2f} GB."
     )
-    return page.section(
-        "Training",
-        explanation,
-        page.figures(page.figure("Loss", loss, loss_note), page.figure("Throughput of all ranks", speed, speed_note)),
+    figures = [page.figure("Loss", loss, loss_note), page.figure("Throughput of all ranks", speed, speed_note)]
+    if heldout := trained["heldout"]:
+        figures.append(_heldout_by_step(heldout))
+    if imbalance := trained["imbalance"]:
+        figures.append(_imbalance_by_step(imbalance))
+    return page.section("Training", explanation, page.figures(*figures))
+
+
+def _heldout_by_step(heldout: Summary) -> str:
+    """Of all lengths, and of the shortest and the longest examples where lengths differ enough for buckets."""
+    steps = [step + 1 for step in heldout["step"]]
+    lines, buckets = [Line("all", steps, heldout["loss"], "accent")], list(heldout["by_length"].items())
+    if len(buckets) > 1:
+        (shortest, low), *_, (longest, high) = buckets
+        lines += [Line(f"{shortest} tokens", steps, low, "before"), Line(f"{longest} tokens", steps, high, "accent2")]
+    chart = line_chart(lines, title="held-out loss by step and length", x_label="step", y_label="loss (nats a token)")
+    note = "; ".join(f"{name}: {losses[0]:.3f} to {losses[-1]:.3f}" for name, losses in buckets)
+    return page.figure("Held-out loss while training", chart, f"By tokens of the example, {note}.")
+
+
+def _imbalance_by_step(imbalance: Summary) -> str:
+    steps, planned, seen = [step + 1 for step in imbalance["step"]], imbalance["planned"], imbalance["seen"]
+    chart = line_chart(
+        [Line("planned", steps, planned, "before"), Line("by the clock", steps, seen, "accent")],
+        title="time of the step over that of perfect sharing, planned and by the clock",
+        x_label="step",
+        y_label="time / perfect sharing",
     )
+    note = f"Means: {sum(planned) / len(planned):.3f} planned, {sum(seen) / len(seen):.3f} by the clock."
+    return page.figure("Rank imbalance, planned and seen", chart, note)
 
 
 def packing(summary: Summary) -> str:

@@ -167,6 +167,25 @@ def _training(run_dir: RunDir) -> dict[str, Any] | None:
         "last_loss": rows[-1]["loss"],
         "max_memory_gb": max(row["max_memory_gb"] for row in rows),
         "series": {name: [row[name] for row in rows] for name in SERIES},
+        "imbalance": _imbalance_series([row for row in rows if row.get("seen_imbalance") is not None]),
+        "heldout": _heldout_series([row for row in rows if "heldout_loss" in row]),
+    }
+
+
+def _imbalance_series(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The imbalance of the steps in which it could be seen, as planned and by the clock."""
+    series = {"step": "step", "planned": "rank_imbalance", "seen": "seen_imbalance"}
+    return {name: [row[column] for row in rows] for name, column in series.items()} if rows else None
+
+
+def _heldout_series(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The held-out loss by step, whole and by length bucket, where it was measured more than once."""
+    if len(rows) < 2:
+        return None
+    return {
+        "step": [row["step"] for row in rows],
+        "loss": [row["heldout_loss"] for row in rows],
+        "by_length": {name: [row["heldout_by_length"][name] for row in rows] for name in rows[0]["heldout_by_length"]},
     }
 
 

@@ -16,6 +16,7 @@ from longalign_ray.train.batch import PackedBatch
 from longalign_ray.train.loss import backward_scale
 from longalign_ray.train.model import PackedLM
 from longalign_ray.train.sequence_parallel import check_model, join_groups
+from longalign_ray.train.tiled_mlp import plain_mlps
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ def deepspeed_config(
     zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": 2**24}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.use_gpu}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": config.use_gpu}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_steps,
@@ -74,6 +77,11 @@ class TrainEngine:
             # The shared-memory collectives would be compiled at the first run; gloo needs no compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if (
+            config.tiled_mlp
+        ):  # gathered whole: ranks have packs of other lengths, and would gather another number of times
+            for mlp in plain_mlps(model):
+                deepspeed.utils.set_z3_leaf_module(mlp, True)
         self._engine: Any = deepspeed.initialize(
             model=model,
             model_parameters=cast(Any, [p for p in model.parameters() if p.requires_grad]),  # hinted as a Module

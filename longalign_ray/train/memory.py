@@ -182,13 +182,7 @@ def longest_context(shape: ModelShape, levers: Levers, *, gpu_bytes: float, host
 
 
 def cheapest_levers(
-    shape: ModelShape,
-    levers: Levers,
-    *,
-    tokens_per_rank: int,
-    gpu_bytes: float,
-    host_bytes: float,
-    among: Collection[str] = LADDER,
+    shape: ModelShape, levers: Levers, *, tokens_per_rank: int, gpu_bytes: float, host_bytes: float
 ) -> tuple[str, ...] | None:
     """The levers of LADDER that hold so many tokens at the least cost, whatever `levers` says of them; none: no set.
 
@@ -196,8 +190,6 @@ def cheapest_levers(
     """
     for chosen in product((False, True), repeat=len(LADDER)):  # the last of LADDER is the highest digit
         names = tuple(compress(LADDER, reversed(chosen)))
-        if not set(names) <= set(among):
-            continue
         try:
             tried = with_levers(levers, names)
         except ConfigError:  # a lever that this ZeRO stage does not have

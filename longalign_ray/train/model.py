@@ -5,6 +5,7 @@ Suffixes: t tokens of the rank's part of the pack, N target positions, D hidden 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 
-from longalign_ray.config import RopeConfig
+from longalign_ray.config import RopeConfig, TrainConfig
 from longalign_ray.data.store import FULL_WEIGHT, Pack
 from longalign_ray.errors import ModelError
 from longalign_ray.precision import DTYPES
@@ -22,6 +24,7 @@ from longalign_ray.train.batch import PackedBatch, to_batch
 from longalign_ray.train.loss_head import LogitRule, TokenLossHead
 from longalign_ray.train.rope import model_config
 from longalign_ray.train.sequence_parallel import ALONE, SequenceGroup
+from longalign_ray.train.tiled_mlp import tile_mlps
 
 
 class PackedLM(nn.Module):
@@ -29,9 +32,9 @@ class PackedLM(nn.Module):
 
     model: Any
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, offload_checkpoints: bool = False):
         super().__init__()
-        self.model = model
+        self.model, self.offload_checkpoints = model, offload_checkpoints
 
     def forward(self, batch: PackedBatch, *, reduce: bool = True) -> torch.Tensor:
         """0-d tensor; the whole forward pass runs in here, so that ZeRO-3 gathers what it needs.
@@ -44,7 +47,9 @@ class PackedLM(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """[t, D] of the last layer after its norm."""
-        return self.model.base_model(**self.inputs(batch)).last_hidden_state[0]
+        on_gpu = batch.input_ids_t.is_cuda
+        with save_on_cpu(pin_memory=on_gpu) if self.offload_checkpoints else nullcontext():
+            return self.model.base_model(**self.inputs(batch)).last_hidden_state[0]
 
     @staticmethod
     def inputs(batch: PackedBatch) -> dict[str, Any]:
@@ -63,16 +68,11 @@ class PackedLM(nn.Module):
 
 
 def load_for_training(
-    model_dir: str | Path,
-    *,
-    dtype: str,
-    gradient_checkpointing: bool = True,
-    head_chunk: int = 1_024,
-    rope: RopeConfig | None = None,
+    model_dir: str | Path, *, dtype: str, config: TrainConfig, rope: RopeConfig | None = None
 ) -> PackedLM:
     """The model of a local directory with variable-length attention, the chunked loss head, and `rope` applied.
 
-    Raises ModelError where the directory is no causal language model or its attention cannot be replaced.
+    Raises ModelError where the directory is no causal language model, or one of whose parts cannot be replaced.
     """
     from transformers import AutoModelForCausalLM
 
@@ -87,13 +87,26 @@ def load_for_training(
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{model_dir} cannot be loaded for packed training: {error}") from error
-    return prepare_model(model, gradient_checkpointing=gradient_checkpointing, head_chunk=head_chunk)
+    return prepare_model(
+        model,
+        gradient_checkpointing=config.gradient_checkpointing,
+        offload_checkpoints=config.offload_checkpoints,
+        head_chunk=config.head_chunk,
+        tiled_mlp=config.tiled_mlp,
+    )
 
 
-def prepare_model(model: Any, *, gradient_checkpointing: bool, head_chunk: int) -> PackedLM:
+def prepare_model(
+    model: Any,
+    *,
+    gradient_checkpointing: bool,
+    head_chunk: int,
+    offload_checkpoints: bool = False,
+    tiled_mlp: bool = False,
+) -> PackedLM:
     """Wraps a causal LM that was made with `attn_implementation="longalign_varlen"`.
 
-    Raises ModelError where the model's LM head is no plain linear layer.
+    Raises ModelError where the model's LM head is no plain linear layer, or an MLP is to be tiled and cannot.
     """
     head = getattr(model, "lm_head", None)
     if type(head) is not nn.Linear:
@@ -107,7 +120,9 @@ def prepare_model(model: Any, *, gradient_checkpointing: bool, head_chunk: int) 
     model.config.use_cache = False
     if gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    return PackedLM(model).train()
+    if tiled_mlp:
+        tile_mlps(model, tile=model.config.hidden_size)
+    return PackedLM(model, offload_checkpoints=offload_checkpoints).train()
 
 
 @torch.no_grad()

@@ -122,13 +122,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
         torch.set_num_threads(config.cpus_per_worker)
     plan = _plan_for_ranks(settings, world_size)
     packs = PackReader(plan, store_dir=Path(settings["store"]), packed_dir=Path(settings["packed"]))
-    model = load_for_training(
-        settings["model_dir"],
-        dtype=dtype,
-        gradient_checkpointing=config.gradient_checkpointing,
-        head_chunk=config.head_chunk,
-        rope=RopeConfig(**settings["rope"]),
-    )
+    rope = RopeConfig(**settings["rope"])
+    model = load_for_training(settings["model_dir"], dtype=dtype, config=config, rope=rope)
     if config.adapter is not None:
         add_adapter(model, config.adapter, seed=plan.seed)
     vocab_size = int(model.model.config.vocab_size)

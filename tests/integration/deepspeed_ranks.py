@@ -33,6 +33,7 @@ from longalign_ray.train.batch import PackedBatch, dummy_pack, to_batch
 from longalign_ray.train.engine import TrainEngine, all_reduce_sum, quiet_deepspeed
 from longalign_ray.train.loss import LossKind, backward_scale
 from longalign_ray.train.model import PackedLM, prepare_model, verify_isolation
+from longalign_ray.train.schedule import learning_rate
 from longalign_ray.train.sequence_parallel import join_groups
 
 
@@ -45,6 +46,8 @@ class Case:
     micro_steps: int = 2
     loss: LossKind = "sequence"
     dtype: str = "float32"
+    levers: bool = False
+    """Those of memory: MLPs of 32 tokens at a time, checkpoints and, in ZeRO-3, weights on the host."""
 
     def __str__(self) -> str:
         return "-".join(str(value) for value in dataclasses.asdict(self).values())
@@ -68,6 +71,7 @@ EXAMPLES = [
     example(43, first_target=20, share=0.6),
 ]
 NUM_SEQUENCES = 5  # those with a target
+CURVE_STEPS = 30
 
 
 def slots(number: int) -> list[list[Example]]:
@@ -107,15 +111,20 @@ def build(family: str, dtype: torch.dtype, *, packed: bool) -> Any:
 @lru_cache
 def reference(family: str, loss: LossKind) -> tuple[float, dict[str, torch.Tensor]]:
     model = build(family, torch.float64, packed=False)
+    total = mean_loss(model, loss)
+    total.backward()
+    return total.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def mean_loss(model: Any, loss: LossKind) -> torch.Tensor:
+    """Over all examples, one after the other."""
     total = torch.zeros((), dtype=torch.float64)
     for one in EXAMPLES:
         ids, weights = torch.tensor(one.input_ids, dtype=torch.int64), torch.tensor(one.loss_weight[1:] / 100)
         losses = F.cross_entropy(model(ids[None], use_cache=False).logits[0, :-1], ids[1:], reduction="none")
         if one.num_targets:
             total = total + (losses * weights).sum() / (weights.sum() if loss == "sequence" else 1)
-    total = total / (NUM_SEQUENCES if loss == "sequence" else sum(one.sum_weights for one in EXAMPLES))
-    total.backward()
-    return total.item(), {name: p.grad for name, p in model.named_parameters()}
+    return total / (NUM_SEQUENCES if loss == "sequence" else sum(one.sum_weights for one in EXAMPLES))
 
 
 class AveragedEngine:
@@ -142,9 +151,19 @@ class AveragedEngine:
 
 def step_error(case: Case) -> dict[str, float]:
     model = prepare_model(
-        build(case.family, getattr(torch, case.dtype), packed=True), gradient_checkpointing=True, head_chunk=4
+        build(case.family, getattr(torch, case.dtype), packed=True),
+        gradient_checkpointing=True,
+        head_chunk=4,
+        offload_checkpoints=case.levers,
+        tiled_mlp=case.levers,
     )
-    config = TrainConfig(num_workers=dist.get_world_size(), sp_degree=case.sp_degree, zero_stage=case.zero_stage or 0)
+    config = TrainConfig(
+        num_workers=dist.get_world_size(),
+        sp_degree=case.sp_degree,
+        zero_stage=case.zero_stage or 0,
+        offload_parameters=case.levers and case.zero_stage == 3,
+        tiled_mlp=case.levers,
+    )
     engine: TrainEngine | AveragedEngine
     if case.zero_stage is None:
         engine = AveragedEngine(model, case.sp_degree)
@@ -177,6 +196,42 @@ def step_error(case: Case) -> dict[str, float]:
     }
 
 
+CURVE = TrainConfig(zero_stage=3, weight_decay=0.1, max_grad_norm=0.5, betas=(0.9, 0.95))
+
+
+def curve_rate(step: int) -> float:
+    return learning_rate(step, CURVE_STEPS, peak=3e-3, warmup_ratio=0.1, minimum=1e-4)
+
+
+def loss_curve() -> list[float]:
+    """The losses of optimizer steps in packs, all on the same examples."""
+    model = prepare_model(build("llama", torch.float32, packed=True), gradient_checkpointing=True, head_chunk=4)
+    engine, losses = TrainEngine(model, CURVE, dtype="float32", micro_steps=2), []
+    for step in range(CURVE_STEPS):
+        loss = torch.zeros(())
+        for number, slot in enumerate(slots(2 * dist.get_world_size())[dist.get_rank() :: dist.get_world_size()]):
+            batch = to_batch(Pack.of(slot) if slot else dummy_pack(), loss="sequence")
+            loss += engine.forward_backward(batch, step_total=NUM_SEQUENCES, last=number == 1)
+        engine.step(curve_rate(step))
+        losses.append(all_reduce_sum(loss).item())
+    return losses
+
+
+def reference_curve() -> list[float]:
+    """The same by plain transformers and torch, one sequence at a time."""
+    model, losses = build("llama", torch.float64, packed=False), []
+    optimizer = torch.optim.AdamW(model.parameters(), betas=CURVE.betas, weight_decay=CURVE.weight_decay)
+    for step in range(CURVE_STEPS):
+        total = mean_loss(model, "sequence")
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CURVE.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = curve_rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total.item())
+    return losses
+
+
 def leaks_found() -> int:
     """Ranks on which verify_isolation complains of a kernel that takes a whole pack for one sequence."""
 
@@ -198,9 +253,11 @@ def run_rank(rank: int, world_size: int, port: int, cases: list[Case], results: 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", timeout=timedelta(seconds=600))
-    errors, leaks = [step_error(case) for case in cases], leaks_found()
+    made: dict[str, Any] = {"errors": [step_error(case) for case in cases], "leaks_found": leaks_found()}
+    if world_size == 2:
+        made["curve"] = loss_curve()
     if rank == 0:
-        results.write_text(json.dumps({"errors": errors, "leaks_found": leaks}), encoding="utf-8")
+        results.write_text(json.dumps(made), encoding="utf-8")
     dist.destroy_process_group()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.deepspeed_ranks import Case
+from tests.integration.deepspeed_ranks import Case, reference_curve
 
 FAMILIES = ("llama", "qwen3", "mistral", "glm4")
 # Every stage with every family; micro-steps and losses go round, so that each pair of settings occurs.
@@ -41,8 +41,14 @@ FOUR_RANKS = [
     Case(zero_stage=2, sp_degree=4, family="mistral-2-heads", micro_steps=3),
     Case(zero_stage=None, sp_degree=4, family="llama-3-heads", dtype="float64"),
 ]
-CASES = {2: GRID + DOUBLE + RING, 4: FOUR_RANKS}
+LEVERS = [
+    Case(zero_stage=3, levers=True),
+    Case(zero_stage=3, sp_degree=2, family="glm4", micro_steps=3, loss="token", levers=True),
+    Case(zero_stage=1, family="qwen3", levers=True),
+]
+CASES = {2: GRID + DOUBLE + RING + LEVERS, 4: FOUR_RANKS}
 
+GOLDEN = [4.16907, 3.07127, 2.43638]  # of steps 0, 10 and 20
 Results = dict[int, dict[str, Any]]
 
 
@@ -67,6 +73,13 @@ def test_gradient_loss_and_norm_are_exact(results: Results, world_size: int, cas
     found = results[world_size]["errors"][case]
     limit = 1e-10 if case.dtype == "float64" else 1e-5
     assert max(found["gradient"], found["loss"], found["norm"]) < limit
+
+
+def test_a_loss_curve_is_that_of_one_sequence_at_a_time(results: Results) -> None:
+    """Thirty steps of AdamW with clipping, decay and a schedule; and the values that it has always had."""
+    curve = results[2]["curve"]
+    assert curve == pytest.approx(reference_curve(), rel=1e-4)
+    assert curve[::10] == pytest.approx(GOLDEN, rel=1e-3)
 
 
 @pytest.mark.parametrize("world_size", CASES)

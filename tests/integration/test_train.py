@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,12 +28,21 @@ from tests.integration.test_corpora import s3, s3_bucket  # noqa: F401  (s3: a f
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
-def prepared(directory: Path, model_dir: Path, **train: object) -> tuple[RunConfig, RunDir]:
-    corpus = write_corpus(directory / "corpus.jsonl", 150)
-    recipe = write_recipe(directory, model_dir, corpus={"paths": [str(corpus)]}, train=train)
-    config, run_dir = stages.open_run(recipe)
-    stages.prepare(config, run_dir)
-    return config, run_dir
+Prepared = Callable[..., tuple[RunConfig, RunDir]]
+
+
+@pytest.fixture(scope="module")
+def prepared(local_ray: None, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Gives a run that ended with `prepare` in a directory of its own, with settings of `train`."""
+    first = tmp_path_factory.mktemp("prepared")
+    corpus = {"paths": [str(write_corpus(first / "corpus.jsonl", 150))]}
+    stages.prepare(*stages.open_run(write_recipe(first, tiny_model_dir, corpus=corpus)))
+
+    def prepare(directory: Path, **train: object) -> tuple[RunConfig, RunDir]:
+        shutil.copytree(first / "run", directory / "run")
+        return stages.open_run(write_recipe(directory, tiny_model_dir, corpus=corpus, train=train))
+
+    return prepare
 
 
 def losses(run_dir: RunDir) -> list[tuple[int, float, float]]:
@@ -58,8 +68,8 @@ def kill_a_rank(run_dir: RunDir, *, after_step: int) -> threading.Event:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, RunDir]:
-    config, run_dir = prepared(tmp_path_factory.mktemp("undisturbed"), tiny_model_dir)
+def undisturbed(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, RunDir]:
+    config, run_dir = prepared(tmp_path_factory.mktemp("undisturbed"))
     stages.train(config, run_dir)
     return config, run_dir
 
@@ -119,7 +129,7 @@ def test_export_is_a_model_that_plain_transformers_loads(
 
 def test_killed_and_restarted_by_hand(
     undisturbed: tuple[RunConfig, RunDir],
-    tiny_model_dir: Path,
+    prepared: Prepared,
     tmp_path: Path,
     s3: str,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -128,7 +138,7 @@ def test_killed_and_restarted_by_hand(
     s3_bucket(s3, "runs")
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
     address = f"s3://runs/{tmp_path.name}/checkpoints"
-    config, run_dir = prepared(tmp_path, tiny_model_dir, max_failures=0, checkpoint_storage=address)
+    config, run_dir = prepared(tmp_path, max_failures=0, checkpoint_storage=address)
     killed = kill_a_rank(run_dir, after_step=4)
     with pytest.raises(LongAlignError, match="training failed"):
         stages.train(config, run_dir)
@@ -145,9 +155,9 @@ def test_killed_and_restarted_by_hand(
 
 
 def test_killed_and_restarted_by_ray_train(
-    undisturbed: tuple[RunConfig, RunDir], tiny_model_dir: Path, tmp_path: Path
+    undisturbed: tuple[RunConfig, RunDir], prepared: Prepared, tmp_path: Path
 ) -> None:
-    config, run_dir = prepared(tmp_path, tiny_model_dir, max_failures=1)
+    config, run_dir = prepared(tmp_path, max_failures=1)
     killed = kill_a_rank(run_dir, after_step=4)
     stages.train(config, run_dir)
     assert killed.is_set()
@@ -161,14 +171,14 @@ def test_killed_and_restarted_by_ray_train(
 )
 def test_other_ranks_take_the_same_steps(
     undisturbed: tuple[RunConfig, RunDir],
-    tiny_model_dir: Path,
+    prepared: Prepared,
     tmp_path: Path,
     changes: dict[str, object],
     ranks: int,
     tolerance: float,
 ) -> None:
     """One rank with four micro-steps, or two that share packs: the same losses up to the order of fp32 sums."""
-    config, run_dir = prepared(tmp_path, tiny_model_dir)
+    config, run_dir = prepared(tmp_path)
     config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
     stages.train(config, run_dir)
     found, wanted = losses(run_dir), losses(undisturbed[1])
@@ -180,13 +190,13 @@ def test_other_ranks_take_the_same_steps(
 
 
 def test_driver_killed_newest_checkpoint_damaged_and_fewer_ranks(
-    undisturbed: tuple[RunConfig, RunDir], tiny_model_dir: Path, tmp_path: Path
+    undisturbed: tuple[RunConfig, RunDir], prepared: Prepared, tmp_path: Path
 ) -> None:
     """Continues from the checkpoint before, on one rank, with the losses of two ranks.
 
     Not with a range of ranks: Ray keeps the room of a killed driver for 180 s before it counts what is free.
     """
-    config, run_dir = prepared(tmp_path, tiny_model_dir)
+    config, run_dir = prepared(tmp_path)
     store = CheckpointStore.at(run_dir.checkpoints)
     kill_the_driver(tmp_path / "recipe.yaml", when=lambda: len(store.finished()[0]) >= 2)
     (newest, before, *_), _ = store.finished()
@@ -223,7 +233,7 @@ def kill_the_driver(recipe: Path, *, when: Callable[[], bool]) -> None:
     time.sleep(2)  # its ranks die with it
 
 
-def test_a_worker_error_is_the_message(tiny_model_dir: Path, tmp_path: Path) -> None:
-    config, run_dir = prepared(tmp_path, tiny_model_dir, learning_rate=1e12)
+def test_a_worker_error_is_the_message(prepared: Prepared, tmp_path: Path) -> None:
+    config, run_dir = prepared(tmp_path, learning_rate=1e12)
     with pytest.raises(LongAlignError, match=r"the loss of step \d+ is (nan|inf).*talk-\d+.*learning_rate"):
         stages.train(config, run_dir)

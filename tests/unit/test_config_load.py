@@ -181,6 +181,21 @@ def test_mistakes_in_the_run_before_are_told_once_with_their_place(tmp_path: Pat
     assert problems(recipe, "before=4") == ["before = 4: input should be a valid dictionary (override before=4)"]
 
 
+def test_offloading_what_is_not_there(tmp_path: Path) -> None:
+    nothing = ["train.zero_stage=0", "train.gradient_checkpointing=false"]
+    assert problems(
+        write(tmp_path, "run_dir: a"),
+        *nothing,
+        *(f"train.offload_{what}=true" for what in ("optimizer", "parameters", "checkpoints")),
+    ) == [
+        "train.offload_optimizer = true needs ZeRO, and train.zero_stage = 0: set it to 1, 2 or 3; "
+        "train.offload_parameters = true needs weights in shards, and train.zero_stage = 0: set it to 3; "
+        "train.offload_checkpoints = true needs train.gradient_checkpointing = true, which makes them "
+        "(override train.offload_optimizer=true)"
+    ]
+    assert load_config(write(tmp_path, "run_dir: a"), ["train.offload_parameters=true"]).train.offload_parameters
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

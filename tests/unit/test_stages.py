@@ -82,6 +82,19 @@ def test_what_comes_before_makes_the_rest_due(tmp_path: Path) -> None:
     assert stage_state.is_done(changed, run_dir, "prepare") is None  # it starts from another model
 
 
+def test_what_an_interrupted_run_may_change(tmp_path: Path) -> None:
+    """Where and in how little memory it trains, but not what."""
+    run_dir = RunDir(tmp_path / "run")
+
+    def digest(*overrides: str) -> str:
+        return stage_state.resume_digest(config_of(tmp_path, *overrides), run_dir)
+
+    where = ("num_workers=4", "sp_degree=2", "zero_stage=2", "tiled_mlp=true", "offload_checkpoints=true")
+    assert digest(*(f"train.{setting}" for setting in where)) == digest("train.offload_parameters=true") == digest()
+    for what in ("learning_rate=1", "loss=token", "epochs=7", "max_grad_norm=0.5", "adapter={rank: 4}"):
+        assert digest(f"train.{what}") != digest()
+
+
 def test_runs_before_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, run_dir = config_of(tmp_path, "before={before: {seed: 5}, seed: 6}", "seed=7"), RunDir(tmp_path / "run")
     done: list[tuple[str, int, str]] = []

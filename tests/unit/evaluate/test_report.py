@@ -94,6 +94,10 @@ def write_artefacts(run_dir: RunDir) -> None:
     ]
     for step in steps:
         step |= {"grad_norm": 1.0, "tokens_per_second": step["num_tokens"] / step["seconds"], "max_memory_gb": 1.5}
+    for step, seen, loss in ((0, 1.25, 3.5), (1, 1.75, 3.25)):
+        by_length = {"0-4k": loss - 1, "8-16k": loss + 1}
+        steps[step] |= {"rank_imbalance": 1.125, "seen_imbalance": seen}
+        steps[step] |= {"heldout_loss": loss, "heldout_by_length": by_length}
     run_dir.metrics.write_text("".join(json.dumps(step) + "\n" for step in steps), encoding="utf-8")
     for model, cells, loss in (("after", [[0.75, 1.0]], 1.625), ("zero", [[0.25, None]], 2.125)):
         answered = [cell for cell in cells[0] if cell is not None]
@@ -144,6 +148,8 @@ def test_numbers_by_hand(run_dir: RunDir):
     assert sum(cost for ranks in shuffled["costs"] for cost in ranks) == pytest.approx(4)
     assert training["tokens_per_second"] == pytest.approx(390 / 5)
     assert (training["first_loss"], training["last_loss"]) == (2.75, 2.25)
+    assert training["imbalance"] == {"step": [0, 1], "planned": [1.125, 1.125], "seen": [1.25, 1.75]}
+    assert training["heldout"]["loss"] == [3.5, 3.25]
     assert list(summary["needle"]) == ["zero", "after"], "not in the order of evaluate.models"
     assert summary["missing"] == {}
 
@@ -153,9 +159,11 @@ def test_the_page_holds_the_numbers(run_dir: RunDir):
     write_report(run_dir)
     text = run_dir.report_html.read_text(encoding="utf-8")
     checker = check_html(text)
-    assert checker.tags.count("svg") == 15  # 8 of data and training, 2 maps and their scales, 2 losses, 1 of times
+    assert checker.tags.count("svg") == 17  # 10 of data and training, 2 maps and their scales, 2 losses, 1 of times
     for number in ("78.0%", "78 tokens/s", "2.125", "1.625", "3.125", "9.8.7", "too long <b>17</b>"):
         assert number in text, number
+    assert "Means: 1.125 planned, 1.500 by the clock." in text
+    assert "0-4k: 2.500 to 2.250; 8-16k: 4.500 to 4.250." in text
     assert "some run &amp; more" in text
     assert "# &lt;b&gt;" in text, "the recipe was not escaped"
     assert "25% → </span>88%" in text  # (0.75 + 1) / 2

@@ -11,16 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longalign_ray.config import DataConfig
+from longalign_ray.config import DataConfig, TrainConfig
 from longalign_ray.data.conversation import parse_record
 from longalign_ray.data.store import Example, Pack
 from longalign_ray.data.template import load_tokenizer
 from longalign_ray.data.tokenize import ConversationTokenizer
 from longalign_ray.errors import ModelError
 from longalign_ray.train import attention
+from longalign_ray.train import model as model_module
 from longalign_ray.train.batch import dummy_pack, to_batch
 from longalign_ray.train.loss import LossKind, backward_scale, step_totals
 from longalign_ray.train.model import PackedLM, load_for_training, prepare_model, verify_isolation, verify_loss
+from longalign_ray.train.tiled_mlp import tile_mlps
 from tests.unit.train.test_loss import index_of, plan_of
 
 SHAPE: dict[str, Any] = {
@@ -207,6 +209,51 @@ def test_packed_gradient_equals_one_sequence_at_a_time(family: str, kind: LossKi
         torch.testing.assert_close(gradient, reference[name], rtol=0, atol=atol, msg=name)
 
 
+@pytest.mark.parametrize("family", ["llama", "glm4"])
+def test_levers_of_memory_change_no_gradient(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiled MLPs, and checkpoints that go elsewhere and come back: the input of each layer."""
+    config = FAMILIES[family]()
+    reference_loss, reference = packed(
+        prepare_model(build(config, packed=True), gradient_checkpointing=True, head_chunk=3), world_size=1
+    )
+    away: list[torch.Tensor] = []
+
+    def to_host(tensor: torch.Tensor) -> torch.Tensor:
+        away.append(tensor.clone())
+        return away[-1]
+
+    def elsewhere(*, pin_memory: bool) -> Any:
+        assert not pin_memory
+        return torch.autograd.graph.saved_tensors_hooks(to_host, lambda tensor: tensor)
+
+    monkeypatch.setattr(model_module, "save_on_cpu", elsewhere)
+    built = build(config, packed=True)
+    tile_mlps(built, tile=5)
+    model = prepare_model(built, gradient_checkpointing=True, head_chunk=3, offload_checkpoints=True)
+    tiles: list[int] = []
+    inputs: list[torch.Tensor] = []
+    for layer in built.model.layers:
+        layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach().clone()))
+        layer.mlp.down_proj.register_forward_hook(lambda module, args, output: tiles.append(output.shape[1]))
+    loss, gradients = packed(model, world_size=1)
+    assert loss == pytest.approx(reference_loss, abs=1e-12)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, reference[name], rtol=0, atol=1e-12, msg=name)
+    assert max(tiles) == 5
+    assert len(inputs) == len(PACKS) * config.num_hidden_layers
+    assert all(any(torch.equal(one, sent) for sent in away) for one in inputs)
+
+
+def test_experts_are_not_tiled() -> None:
+    from transformers import Qwen3MoeConfig
+
+    shape = {**SHAPE, "moe_intermediate_size": 8, "num_experts": 2, "num_experts_per_tok": 1}
+    with pytest.raises(ModelError, match=r"tiled_mlp = true needs.*one of experts"):
+        tile_mlps(build(Qwen3MoeConfig(**shape), packed=True), tile=4)
+    with pytest.raises(ModelError, match="none of that name"):
+        tile_mlps(torch.nn.Linear(2, 2), tile=4)
+
+
 def test_plain_text_trains_with_document_masking(tiny_model_dir: Path) -> None:
     """Continual pre-training: documents, one of them in pieces, in one pack; every token but the first is a target."""
     maker = ConversationTokenizer(load_tokenizer(tiny_model_dir), DataConfig(train_on="all", max_length=20))
@@ -275,7 +322,7 @@ def test_models_that_cannot_be_served_exactly_are_refused(tmp_path: Path) -> Non
     with pytest.raises(ModelError, match="GraniteForCausalLM: its own logits"):
         verify_loss(model, vocab_size=64, device="cpu")
     with pytest.raises(ModelError, match="cannot be loaded"):
-        load_for_training(tmp_path, dtype="float32")
+        load_for_training(tmp_path, dtype="float32", config=TrainConfig())
 
 
 def lfm2() -> Any:

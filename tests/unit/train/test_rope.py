@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from longalign_ray.config import RopeConfig
+from longalign_ray.config import RopeConfig, TrainConfig
 from longalign_ray.errors import ConfigError, ModelError
 from longalign_ray.train.checkpoint import TrainState, export_model
 from longalign_ray.train.model import load_for_training
@@ -166,7 +166,7 @@ def test_plain_transformers_loads_the_export_with_the_same_logits(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    trained = load_for_training(model_dir, dtype="float32", gradient_checkpointing=False, rope=rope).eval()
+    trained = load_for_training(model_dir, dtype="float32", config=TrainConfig(), rope=rope).eval()
     (tmp_path / "deepspeed").mkdir()
     torch.save({"module": trained.state_dict()}, tmp_path / "deepspeed" / "mp_rank_00_model_states.pt")
     TrainState(step=1, tokens_seen=0, plan_digest="", world_size=1, zero_stage=0).save(tmp_path)
