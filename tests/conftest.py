@@ -38,7 +38,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """One Ray on this machine for all tests that need it; its four CPUs are logical."""
+    """One Ray for all tests of a process that need it; its four CPUs are logical."""
     import ray
 
     ray.init(num_cpus=4, include_dashboard=False, logging_level=logging.WARNING, object_store_memory=400_000_000)
