@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.loop_overhead [--rounds 3] [--layers 4]
 
-Two ranks under Ray Train and ZeRO-3 on this machine, the quickstart's packs and the first layers of SmolLM2-135M's shape
-in float32. The bare loop has its batches in memory and only calls the engine; both take turns, and medians are shown.
+Two ranks under Ray Train and ZeRO-3 on this machine, the quickstart's packs and layers of SmolLM2-135M's shape in
+float32. The bare loop has its batches in memory and only calls the engine; both take turns, and medians are shown.
 """
 
 from __future__ import annotations
