@@ -38,7 +38,7 @@ quickstart: setup
 	$(BIN)/longalign run jobs/recipes/quickstart.yaml $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
