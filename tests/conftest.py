@@ -29,8 +29,8 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, so that the two processes of `make test` end together."""
-    items.sort(key=lambda item: item.path.name != "test_train.py")
+    """Unit tests first, as a process that has begun with integration tests has Ray running; then the longest file."""
+    items.sort(key=lambda item: (not item.nodeid.startswith("tests/unit/"), item.path.name != "test_train.py"))
 
 
 @pytest.fixture(scope="session")
