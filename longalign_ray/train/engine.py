@@ -77,9 +77,8 @@ class TrainEngine:
             # The shared-memory collectives would be compiled at the first run; gloo needs no compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        if (
-            config.tiled_mlp
-        ):  # gathered whole: ranks have packs of other lengths, and would gather another number of times
+        if config.tiled_mlp:
+            # Gathered whole: ranks have packs of other lengths, and would gather another number of times.
             for mlp in plain_mlps(model):
                 deepspeed.utils.set_z3_leaf_module(mlp, True)
         self._engine: Any = deepspeed.initialize(
