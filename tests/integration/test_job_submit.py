@@ -20,6 +20,12 @@ from pathlib import Path
 
 import pytest
 
+from longalign_ray.logs import read_metrics
+from longalign_ray.run_dir import Manifest, RunDir
+from tests.conftest import SHARED_DATA
+from tests.integration.recipes import write_corpus
+
+REAL_FILES = ("chat/self_instruct.jsonl", "long_sft/qmsum.jsonl")
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
@@ -120,25 +126,6 @@ def end(head: subprocess.Popen[bytes]) -> None:
     head.wait(timeout=30)
 
 
-def write_corpus(path: Path, *, num_conversations: int = 60) -> None:
-    """Short conversations of one or two turns, each about its own number."""
-    with path.open("w", encoding="utf-8") as file:
-        for number in range(num_conversations):
-            messages = [
-                {
-                    "role": "user",
-                    "content": f"Note {number}: " + "the meadow is green. " * (1 + number % 12) + "Which?",
-                },
-                {"role": "assistant", "content": f"It is note {number}."},
-            ]
-            if number % 3 == 0:
-                messages += [
-                    {"role": "user", "content": f"And what comes after {number}?"},
-                    {"role": "assistant", "content": f"{number + 1} comes after {number}."},
-                ]
-            file.write(json.dumps({"id": f"note-{number}", "messages": messages}) + "\n")
-
-
 def test_submit_without_the_token_is_refused(cluster: Cluster) -> None:
     refused = cluster.submit("python", "-c", "print('ran')", token=False, timeout=60)
     assert refused.returncode != 0
@@ -156,19 +143,38 @@ def test_bad_recipe_fails_the_job_with_its_message(cluster: Cluster) -> None:
 
 
 def test_pipeline_as_a_job(cluster: Cluster, tiny_model_dir: Path, tmp_path: Path) -> None:
-    corpus, run_dir, [port] = tmp_path / "notes.jsonl", tmp_path / "run", free_ports(1)
-    write_corpus(corpus)
+    """On real conversations, short ones and meetings; where they are missing, on written ones."""
+    run_dir, [port] = RunDir(tmp_path / "run"), free_ports(1)
+    real = [SHARED_DATA / name for name in REAL_FILES]
+    paths = real if SHARED_DATA.is_dir() else [write_corpus(tmp_path / "notes.jsonl", 60)]
     done = cluster.submit(
-        *("python", "jobs/pipeline.py", "jobs/recipes/tiny.yaml", f"run_dir={run_dir}", f"serve.port={port}"),
-        *(f"model.path={tiny_model_dir}", f"corpus.paths=[{corpus}]"),
+        *("python", "jobs/pipeline.py", "jobs/recipes/tiny.yaml", f"run_dir={run_dir.root}", f"serve.port={port}"),
+        *(f"model.path={tiny_model_dir}", f"corpus.paths=[{','.join(map(str, paths))}]"),
+        *("data.too_long=cut_right", "data.heldout_fraction=0.02"),
         timeout=420,
     )
     assert done.returncode == 0, done.stdout[-6_000:] + done.stderr[-2_000:]
-    assert (run_dir / "report.html").stat().st_size > 1_000
-    for stage in ("prepare", "train", "export", "evaluate"):
-        manifest = json.loads((run_dir / stage / "manifest.json").read_text(encoding="utf-8"))
-        assert manifest["counts"], stage
-    assert (run_dir / "model" / "model.safetensors").is_file()
-    losses = [json.loads(line)["loss"] for line in (run_dir / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert "needle accuracy" in done.stdout
+
+    manifests = {stage: Manifest.load(run_dir.manifest(stage)) for stage in ("prepare", "train", "export", "evaluate")}
+    assert all(manifest and manifest.counts for manifest in manifests.values())
+    prepared = manifests["prepare"]
+    assert prepared is not None
+    records = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+    counts, dropped = prepared.counts, dict(prepared.dropped_by_reason)
+    beyond_max_steps = dropped.pop("beyond_max_steps")
+    assert counts["records"] == records
+    assert counts["examples"] + sum(dropped.values()) == records
+    assert counts["planned"] + counts["heldout"] + beyond_max_steps == counts["examples"]
+    if paths == real:
+        assert records == 466
+        assert dropped["no_target_left"] >= 70  # meetings whose first answer lies beyond 2,048 bytes
+
+    losses = [row["loss"] for row in read_metrics(run_dir.metrics)]
     assert len(losses) == 3
     assert losses[-1] < losses[0]
+    assert (run_dir.model / "model.safetensors").is_file()
+    text = run_dir.report_html.read_text(encoding="utf-8")
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    assert "https://" not in text
+    assert json.loads(run_dir.report_json.read_text(encoding="utf-8"))["heldout"].keys() == {"base", "aligned"}

@@ -1,8 +1,9 @@
-"""The Serve application over HTTP: the openai client, concurrent requests, refusals, overload, leaving clients."""
+"""The Serve application over HTTP: clients, refusals, overload, leaving clients, and an evaluation against it."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import time
 from collections.abc import Iterator
@@ -10,18 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import torch
 
-from longalign_ray.config import ServeConfig
-from longalign_ray.data.template import encode_prompt
+from longalign_ray.config import EvaluateConfig, NeedleConfig, ServeConfig
+from longalign_ray.data.store import Example
+from longalign_ray.data.template import encode_prompt, load_tokenizer
 from longalign_ray.errors import ServingError
+from longalign_ray.evaluate.haystack import default_haystack
+from longalign_ray.evaluate.needle import needle_cases
+from longalign_ray.evaluate.report import write_report
+from longalign_ray.evaluate.runner import evaluate
+from longalign_ray.run_dir import RunDir
 from tests.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 MESSAGES: Any = [{"role": "user", "content": "What is long context?"}]
+NEEDLES = NeedleConfig(lengths=(400, 900), depths=(0, 50), max_new_tokens=4)
 ENDLESS: dict[str, Any] = {"temperature": 0, "max_tokens": 3_000}  # the tiny model repeats itself and never ends
 
 
@@ -45,7 +54,7 @@ def base_url(models: dict[str, Path], local_ray: None) -> Iterator[str]:
     from longalign_ray.serve.app import running_app
 
     config = ServeConfig(
-        port=free_port(), max_ongoing_requests=2, max_queued_requests=8, max_sequences=2, max_prompt_tokens=500
+        port=free_port(), max_ongoing_requests=2, max_queued_requests=8, max_sequences=2, max_prompt_tokens=1_000
     )
     with running_app(models, config, chat_template=None, dtype="float32") as url:
         yield url
@@ -133,8 +142,8 @@ def test_refusals_come_in_openai_shape(client, base_url):
     with pytest.raises(openai.NotFoundError) as unknown:
         client.chat.completions.create(model="gpt", messages=MESSAGES)
     assert unknown.value.param == "model"
-    with pytest.raises(openai.BadRequestError, match=r"max_prompt_tokens is 500"):
-        client.completions.create(model="base", prompt="x" * 501)
+    with pytest.raises(openai.BadRequestError, match=r"max_prompt_tokens is 1,?000"):
+        client.completions.create(model="base", prompt="x" * 1_001)
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.chat.completions.create(model="base", messages=MESSAGES, temperature=-1)
     headers = {"Content-Type": "application/json"}
@@ -190,3 +199,65 @@ def test_second_application_is_refused(base_url, models):
         ):
             pass
     assert httpx.get(base_url.removesuffix("/v1") + "/health").status_code == 200
+
+
+def heldout_examples() -> list[Example]:
+    random = np.random.default_rng(0)
+    masks = [np.arange(60) >= 50, np.arange(25) % 3 == 0, np.arange(300) >= 10]
+    return [
+        Example(f"e{len(mask)}", random.integers(0, 256, len(mask), np.int32), 100 * mask.astype(np.uint8))
+        for mask in masks
+    ]
+
+
+def loss_by_transformers(model_dir: Path, examples: list[Example]) -> tuple[float, float]:
+    """Mean over sequences of their mean loss (Eq. 2), and mean over all targets."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    losses = []
+    for example in examples:
+        ids = torch.tensor(example.input_ids, dtype=torch.int64)
+        with torch.inference_mode():
+            logprobs = model(ids[None]).logits[0].log_softmax(-1)
+        of_token = -logprobs[:-1].gather(1, ids[1:, None])[:, 0]
+        losses.append(of_token[torch.from_numpy(example.loss_weight[1:] > 0)])
+    return float(torch.stack([loss.mean() for loss in losses]).mean()), float(torch.cat(losses).mean())
+
+
+def test_evaluate_against_the_served_models(models: dict[str, Path], base_url: str, tmp_path: Path):
+    examples = heldout_examples()
+    config = EvaluateConfig(models=("base", "aligned"), concurrency=4, needle=NEEDLES, max_attempts=2)
+    tokenizer = load_tokenizer(models["base"])
+    run_dir = RunDir(tmp_path)
+    haystack = default_haystack(0, min_chars=20_000)
+    arguments: dict[str, Any] = {
+        "base_url": base_url, "heldout": examples, "haystack": haystack, "tokenizer": tokenizer, "seed": 0
+    }  # fmt: skip
+    counts, failed = evaluate(config, run_dir, **arguments)
+    assert failed == {}
+    assert (counts["cases"], counts["answered"]) == (14, 14)
+    for name, model_dir in models.items():
+        sequence_mean, token_mean = loss_by_transformers(model_dir, examples)
+        assert counts[f"{name}_heldout_loss"] == pytest.approx(sequence_mean, abs=1e-4)
+        assert counts[f"{name}_heldout_token_loss"] == pytest.approx(token_mean, abs=1e-4)
+        assert counts[f"{name}_needle_accuracy"] == 0.0  # random weights find nothing
+        grid = json.loads((run_dir.scores / f"needle-{name}.json").read_text(encoding="utf-8"))["grid"]
+        assert grid == [[0.0, 0.0], [0.0, 0.0]]
+    assert counts["base_heldout_loss"] != pytest.approx(counts["aligned_heldout_loss"], abs=1e-3)
+
+    again, _ = evaluate(config, run_dir, **arguments)
+    assert again == counts | {"resumed": 14}
+
+    summary = write_report(run_dir)
+    assert summary["heldout"]["base"]["value"] == counts["base_heldout_loss"]
+    assert f"{counts['aligned_heldout_loss']:.3f}" in run_dir.report_html.read_text(encoding="utf-8")
+
+
+def test_the_server_counts_the_prompt_as_the_grid_does(models: dict[str, Path], base_url: str):
+    tokenizer = load_tokenizer(models["base"])
+    haystack = default_haystack(0, min_chars=20_000)
+    for case in needle_cases(NEEDLES, haystack=haystack, tokenizer=tokenizer, seed=0):
+        body = {"model": "base", **case.request}
+        answer = httpx.post(base_url + case.path, json=body, timeout=60, trust_env=False).json()
+        assert answer["usage"]["prompt_tokens"] == case.num_tokens <= case.attributes["length"]
