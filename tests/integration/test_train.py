@@ -189,7 +189,7 @@ def test_fewer_ranks_continue_from_before_a_damaged_checkpoint(
 def test_a_killed_driver_continues_bitwise(
     undisturbed: tuple[RunConfig, RunDir], prepared: Prepared, tmp_path: Path
 ) -> None:
-    """After the test with a range of ranks: for 180 s Ray counts a killed driver's room as taken before such a start."""
+    """After the test with a range of ranks: for 180 s Ray counts the room of a killed driver as taken."""
     config, run_dir = prepared(tmp_path)
     store = CheckpointStore.at(run_dir.checkpoints)
     kill_the_driver(tmp_path / "recipe.yaml", when=lambda: bool(store.finished()[0]))
