@@ -33,6 +33,7 @@ UNSUPPORTED = {  # what some families pass to attention, and no kernel here comp
     "indices": "sparse attention (indices)",
     "block_indices": "sparse attention (block_indices)",
 }
+LAYER_TYPES = ("full_attention", "sliding_attention")  # those of transformers that the kernels compute
 
 Kernel = Callable[..., torch.Tensor]
 
@@ -66,7 +67,8 @@ def varlen_attention(
 
     Boundaries are those of the whole pack, of which `sequence_group` holds t tokens on each rank.
     Raises ModelError where the boundaries did not reach this layer, or where the model asks for something that the
-    kernels do not compute (attention dropout, sinks): better than a contaminated or different result.
+    kernels do not compute (attention dropout, sinks, a mask of its own, chunks, a window that is in the mask alone):
+    better than a contaminated or different result.
     """
     if boundaries is None or cu_seq_lens_q is None or max_length_q is None:
         raise ModelError(
@@ -74,10 +76,19 @@ def varlen_attention(
             "packed sequences would see one another, so this model cannot be trained packed"
         )
     unsupported = [text for name, text in UNSUPPORTED.items() if kwargs.get(name) is not None]
-    if dropout or unsupported:
+    if dropout:
+        unsupported.append("attention dropout")
+    if attention_mask is not None:  # transformers makes none for us
+        unsupported.append("a mask of its own")
+    layer_type = _layer_type(module)
+    if layer_type not in LAYER_TYPES:
+        unsupported.append(f"a layer of type {layer_type}")
+    elif layer_type == "sliding_attention" and sliding_window is None:
+        unsupported.append("a sliding window by a mask alone")
+    if unsupported:
         raise ModelError(
-            f"{type(module).__name__} asks for {', '.join(unsupported) or 'attention dropout'}, which "
-            "variable-length attention does not offer here; choose a model without it"
+            f"{type(module).__name__} asks for {', '.join(unsupported)}, which variable-length attention does not "
+            "offer here; choose a model without it"
         )
     in_ring = sequence_group.ring_degree > 1
     kernel = partial(
@@ -90,6 +101,15 @@ def varlen_attention(
         softcap=softcap,
     )
     return attend(kernel, query_1HtD[0], key_1KtD[0], value_1KtD[0], sequence_group)[None], None
+
+
+def _layer_type(module: nn.Module) -> str:
+    """By which of its masks transformers' own attention would compute the layer; a config may name a type a layer."""
+    config, number = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    types = getattr(config, "layer_types", None)
+    if types and number is not None:
+        return types[number]
+    return "full_attention" if types or not getattr(config, "sliding_window", None) else "sliding_attention"
 
 
 @cache

@@ -85,7 +85,7 @@ def load_for_training(
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:  # KeyError: attention looked up in a dict of its own
         raise ModelError(f"{model_dir} cannot be loaded for packed training: {error}") from error
     return prepare_model(
         model,

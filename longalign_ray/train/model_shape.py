@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from longalign_ray.errors import ConfigError
+from longalign_ray.errors import ConfigError, ModelError
 
 NORMED_QUERIES = ("qwen3", "olmo2", "olmo3", "gemma3", "gemma3_text")
 """Values of `model_type` whose attention normalises queries and keys, in fp32."""
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +88,22 @@ class ModelShape:
 
 
 LLAMA_2_7B = ModelShape(layers=32, hidden=4_096, heads=32, kv_heads=32, head_dim=128, mlp=11_008, vocabulary=32_000)
+
+
+def check_dense(config: Mapping[str, Any]) -> None:
+    """Raises ModelError for a model of experts, which would be trained another way than asked, or not at all.
+
+    Ranks gather weights in step under ZeRO-3, and a router's choice differs between them; the rows of a matrix product
+    go by that choice too, so a probe of two packs cannot tell a leak between sequences from rounding.
+    """
+    found = {name: config[name] for name in EXPERTS if config.get(name)}
+    if found:
+        settings = ", ".join(f"{name} = {value}" for name, value in found.items())
+        raise ModelError(
+            f"a {config.get('model_type')} model of experts ({settings}) cannot be trained: the loss that balances its "
+            "router is not computed, ZeRO-3 would hang where ranks use different experts, and packed sequences cannot "
+            "be shown to stay apart; choose a dense model"
+        )
 
 
 def _is_count(value: object) -> bool:

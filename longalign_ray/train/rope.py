@@ -14,6 +14,7 @@ from typing import Any
 
 from longalign_ray.config import RopeConfig
 from longalign_ray.errors import ConfigError, ModelError
+from longalign_ray.train.model_shape import check_dense
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ def model_config(model_dir: str | Path, rope: RopeConfig | None) -> Any:
     """The Hugging Face configuration of a model directory with `rope` applied: its RoPE parameters and its window.
 
     Layers with a sliding window keep their embedding, as none of their distances grows. Raises ModelError where the
-    directory holds no configuration that transformers knows, or `rope` is given and the model has no RoPE.
+    directory holds no configuration that transformers knows, or that of a model of experts, or `rope` is given and the
+    model has no RoPE.
     """
     from transformers import AutoConfig
 
@@ -68,6 +70,7 @@ def model_config(model_dir: str | Path, rope: RopeConfig | None) -> Any:
         config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{model_dir} cannot be loaded: {error}") from error
+    check_dense(config.get_text_config().to_dict())
     if rope is None or rope.scaling == "none":
         return config
     text = config.get_text_config()

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longalign_ray.config import DataConfig, TrainConfig
+from longalign_ray.config import DataConfig, RopeConfig, TrainConfig
 from longalign_ray.data.conversation import parse_record
 from longalign_ray.data.store import Example, Pack
 from longalign_ray.data.template import load_tokenizer
@@ -22,6 +22,7 @@ from longalign_ray.train import model as model_module
 from longalign_ray.train.batch import dummy_pack, to_batch
 from longalign_ray.train.loss import LossKind, backward_scale, step_totals
 from longalign_ray.train.model import PackedLM, load_for_training, prepare_model, verify_isolation, verify_loss
+from longalign_ray.train.rope import check_window
 from longalign_ray.train.tiled_mlp import tile_mlps
 from tests.unit.train.test_loss import index_of, plan_of
 
@@ -85,7 +86,7 @@ def gemma3() -> Any:
 def phi3() -> Any:
     from transformers import Phi3Config
 
-    return Phi3Config(**SHAPE, eos_token_id=0)
+    return Phi3Config(**SHAPE, eos_token_id=0, sliding_window=5)
 
 
 def glm() -> Any:
@@ -365,6 +366,35 @@ def gpt_oss() -> Any:
     return GptOssConfig(**SHAPE, head_dim=16, num_local_experts=2, num_experts_per_tok=1, rope_parameters=rope)
 
 
+def doge() -> Any:
+    """Adds a bias, made of its values, to the mask."""
+    from transformers import DogeConfig
+
+    return DogeConfig(**SHAPE)
+
+
+def qwen2_moe() -> Any:
+    """Its sliding window is in the mask of transformers alone; so is that of PhiMoE."""
+    from transformers import Qwen2MoeConfig
+
+    experts: dict[str, Any] = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    window: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    return Qwen2MoeConfig(**SHAPE, **experts, **window, shared_expert_intermediate_size=8)
+
+
+def phimoe() -> Any:
+    from transformers import PhimoeConfig
+
+    return PhimoeConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1, sliding_window=5)
+
+
+def llama4() -> Any:
+    from transformers import Llama4TextConfig
+
+    layers: dict[str, Any] = {"moe_layers": [], "layer_types": ["full_attention", "chunked_attention"]}
+    return Llama4TextConfig(**SHAPE, **layers, num_local_experts=2, head_dim=8, intermediate_size_mlp=48)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -373,6 +403,10 @@ def gpt_oss() -> Any:
         (jamba, "JambaForCausalLM: .*recurrent"),
         (qwen3_next, "Qwen3NextForCausalLM cannot be trained packed"),
         (gpt_oss, "GptOssAttention asks for attention sinks"),
+        (doge, "DogeAttention asks for a mask of its own"),
+        (qwen2_moe, "Qwen2MoeAttention asks for a sliding window by a mask alone"),
+        (phimoe, "PhimoeAttention asks for a sliding window by a mask alone"),
+        (llama4, "Llama4TextAttention asks for a layer of type chunked_attention"),
     ],
 )
 def test_models_that_cannot_be_packed_are_refused_by_name(config: Callable[[], Any], message: str) -> None:
@@ -380,6 +414,37 @@ def test_models_that_cannot_be_packed_are_refused_by_name(config: Callable[[], A
     model = prepare_model(built, gradient_checkpointing=False, head_chunk=8)
     with pytest.raises(ModelError, match=message):
         verify_isolation(model, vocab_size=64, device="cpu")
+
+
+def mixtral() -> Any:
+    from transformers import MixtralConfig
+
+    return MixtralConfig(**SHAPE, num_local_experts=2)
+
+
+def qwen3_moe() -> Any:
+    from transformers import Qwen3MoeConfig
+
+    return Qwen3MoeConfig(**SHAPE, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8)
+
+
+@pytest.mark.parametrize("config", [mixtral, qwen3_moe])
+def test_models_of_experts_are_refused_before_any_weight_is_read(config: Callable[[], Any], tmp_path: Path) -> None:
+    config().save_pretrained(tmp_path)
+    message = rf"a {config.__name__} model of experts \(num.*experts = 2\).*choose a dense model"
+    with pytest.raises(ModelError, match=message):
+        load_for_training(tmp_path, dtype="float32", config=TrainConfig())
+    with pytest.raises(ModelError, match=message):  # by which the stages begin, so no worker is started
+        check_window(tmp_path, RopeConfig(), max_length=64, one_per_pack=False)
+
+
+def test_a_family_that_knows_no_other_attention_is_refused(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, FalconConfig
+
+    config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"cannot be loaded for packed training.*longalign_varlen"):
+        load_for_training(tmp_path, dtype="float32", config=TrainConfig())
 
 
 def test_gpt2_with_learned_positions_is_exact_too() -> None:
