@@ -19,6 +19,7 @@ from longalign_ray.logs import MetricsWriter, progress, read_metrics
 from longalign_ray.run_dir import RunDir
 from longalign_ray.train.checkpoint import TrainState
 from longalign_ray.train.checkpoint_store import CheckpointStore
+from longalign_ray.train.failures import explain
 from longalign_ray.train.memory import CPU_ALLOCATOR
 from longalign_ray.train.ray_checkpoints import Uploads, checkpoint_store, pruning
 from longalign_ray.train.sinks import Sinks, check_installed, open_sinks
@@ -82,21 +83,12 @@ def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> str:
         try:
             trainer.fit()
         except Exception as error:  # Ray wraps a worker's error in one of several types of its own
-            raise LongAlignError(f"training failed: {_root_message(error)}") from error
+            failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+            raise LongAlignError(f"training failed: {explain(failures, config) if failures else error}") from error
     last = store.newest(checksums=False)
     if last is None:
         raise LongAlignError("training ended without a checkpoint; see the log of the workers above")
     return store.path_of(last.name)
-
-
-def _root_message(error: BaseException) -> str:
-    """The message of the worker's own error where Ray kept it, else Ray's."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, cause = next(iter(failures.items()))
-        cause = getattr(cause, "cause", cause)
-        return f"rank {rank}: {type(cause).__name__}: {cause}"
-    return str(error)
 
 
 def _train_worker(settings: dict[str, Any]) -> None:
