@@ -274,7 +274,8 @@ def _heldout_line(row: dict[str, Any]) -> str:
 
 
 def clear_training(config: RunConfig, run_dir: RunDir) -> None:
-    """Removes checkpoints and metrics of an earlier recipe, which this one must not resume."""
+    """Removes what an earlier recipe has left that never finished a checkpoint."""
+    logger.info("train: begun with another recipe, of which no checkpoint was finished; started anew")
     checkpoint_store(config, run_dir).clear()
     if (boards := run_dir.metrics.parent / "tensorboard").exists():
         shutil.rmtree(boards)
