@@ -101,7 +101,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     from longalign_ray.train.adapters import add_adapter
     from longalign_ray.train.engine import TrainEngine, quiet_deepspeed
     from longalign_ray.train.loop import StepMetrics, train_loop
-    from longalign_ray.train.model import load_for_training, verify_isolation, verify_loss
+    from longalign_ray.train.model import load_for_training, model_digest, verify_isolation, verify_loss
     from longalign_ray.train.resume import agree_on_checkpoint, loadable
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -118,12 +118,12 @@ def _train_worker(settings: dict[str, Any]) -> None:
     model = load_for_training(settings["model_dir"], dtype=dtype, config=config, rope=rope)
     if config.adapter is not None:
         add_adapter(model, config.adapter, seed=plan.seed)
-    vocab_size = int(model.model.config.vocab_size)
+    vocab_size, trained = int(model.model.config.vocab_size), model_digest(model)
     store: CheckpointStore = settings["checkpoints"]
     first_step = tokens_seen = 0
     convert = False
     if (stored := agree_on_checkpoint(store)) is not None:
-        stored.state.check(plan_digest=plan.digest, zero_stage=config.zero_stage)
+        stored.state.check(plan_digest=plan.digest, zero_stage=config.zero_stage, model_digest=trained)
         convert = not stored.state.fits(world_size=world_size, zero_stage=config.zero_stage)
     engine = TrainEngine(model, config, dtype=dtype, micro_steps=plan.shape[1], load_universal=convert)
     for verify in (verify_isolation, verify_loss):
@@ -160,6 +160,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
             world_size=world_size,
             zero_stage=config.zero_stage,
             heldout_loss=last_row.get("heldout_loss"),
+            model_digest=trained,
         )
         uploads.start(engine.save, state, last_row)
 
