@@ -55,6 +55,11 @@ class RunDir:
         return self.root / "train" / "checkpoints"
 
     @property
+    def trained_recipe(self) -> Path:
+        """The recipe that the checkpoints belong to, with the digest of what must stay for training to continue."""
+        return self.root / "train" / "recipe.json"
+
+    @property
     def model(self) -> Path:
         """The aligned model in Hugging Face layout."""
         return self.root / "model"

@@ -47,12 +47,32 @@ def stage_digest(config: RunConfig, run_dir: RunDir, stage: str) -> str:
     return digest(stage, config.seed, sections[stage], [made.config_digest if made else None for made in manifests])
 
 
-def resume_digest(config: RunConfig, run_dir: RunDir) -> str:
-    """Digest of what must stay as it was for training to continue: all but where it runs and what it leaves behind."""
+def resume_digest(config: RunConfig, prepared: str | None) -> str:
+    """Digest of what must stay as it was for training to continue: all but where it runs and what it leaves behind.
+
+    prepared: the digest of `prepare`, of which an interrupted run may change nothing.
+    """
     same = config.train.model_dump(mode="json", exclude=set(RESUMES_WITH_OTHER))
-    return digest(
-        "train", config.seed, same, getattr(Manifest.load(run_dir.manifest("prepare")), "config_digest", None)
+    return digest("train", config.seed, same, prepared)
+
+
+def changed_settings(recipe: dict[str, Any], config: RunConfig) -> list[str]:
+    """What a run that was trained with `recipe` may not change and has, such as `train.max_steps (was 4)`."""
+
+    def flat(tree: Any, name: str = "") -> dict[str, Any]:
+        if not isinstance(tree, dict):
+            return {name: tree}
+        return {key: value for part, below in tree.items() for key, value in flat(below, f"{name}.{part}").items()}
+
+    may = {"run_dir", "export", "serve", "evaluate", "ray", *(f"train.{name}" for name in RESUMES_WITH_OTHER)}
+    was, now = (
+        {key[1:]: value for key, value in flat(tree).items()} for tree in (recipe, config.model_dump(mode="json"))
     )
+    return [
+        f"{name} (was {was.get(name)})"
+        for name in dict.fromkeys([*now, *was])
+        if was.get(name) != now.get(name) and not {name, name.split(".")[0]} & may
+    ]
 
 
 def is_done(config: RunConfig, run_dir: RunDir, stage: str) -> Manifest | None:

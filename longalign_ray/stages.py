@@ -19,10 +19,10 @@ from typing import Any
 
 from longalign_ray.config import DEFAULT_SOURCE, RunConfig, SourceConfig
 from longalign_ray.config_load import dump_config, load_config
-from longalign_ray.errors import CheckpointError, ConfigError, LongAlignError
+from longalign_ray.errors import CheckpointError, ConfigError, LongAlignError, PlanMismatchError
 from longalign_ray.model_source import local_model_dir
-from longalign_ray.run_dir import Manifest, RunDir
-from longalign_ray.stage_state import first_run_dir, is_done, resume_digest, stage_digest
+from longalign_ray.run_dir import Manifest, RunDir, write_json
+from longalign_ray.stage_state import changed_settings, first_run_dir, is_done, resume_digest, stage_digest
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ def prepare(config: RunConfig, run_dir: RunDir) -> Manifest:
     corpus = corpus_sources(config, run_dir)
 
     def work() -> Manifest:
+        _check_recipe(config, run_dir, prepared=stage_digest(config, run_dir, "prepare"))  # its data would be lost
         model_dir = starting_model(config, run_dir)
         _check_window(config, model_dir)
         connect_ray(config)
@@ -131,6 +132,8 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
     _need(run_dir.plan, "prepare")
 
     def work() -> Manifest:
+        prepared = getattr(Manifest.load(run_dir.manifest("prepare")), "config_digest", None)
+        may_resume = _check_recipe(config, run_dir, prepared=prepared)
         model_dir = starting_model(config, run_dir)
         check_model(model_shape(model_dir), config.train.sp_degree)
         _check_disk(config, run_dir, model_dir)
@@ -143,12 +146,9 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
             anew.save(run_dir.plan)
             steps = "stay the same" if anew.digest == plan.digest else "change"
             logger.info("train: planned anew for %d ranks, %d a pack; the steps %s", ranks, anew.sp_degree, steps)
-        mark = run_dir.root / "train" / "config_digest"
-        current = resume_digest(config, run_dir)
-        if mark.exists() and mark.read_text(encoding="utf-8") != current:
+        if not may_resume:
             ray_train.clear_training(config, run_dir)
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text(current, encoding="utf-8")
+        write_json(run_dir.trained_recipe, _recipe(config, prepared))
         connect_ray(config)
         checkpoint = ray_train.train(config, run_dir, model_dir=model_dir)
         rows = read_metrics(run_dir.metrics)
@@ -354,6 +354,36 @@ def _versions() -> dict[str, str]:
 def _need(path: Path, stage: str) -> None:
     if not path.exists():
         raise LongAlignError(f"{path} does not exist: run `longalign {stage}` first, or `longalign run` for all stages")
+
+
+def _recipe(config: RunConfig, prepared: str | None) -> dict[str, Any]:
+    """What `RunDir.trained_recipe` holds."""
+    return {"digest": resume_digest(config, prepared), "recipe": config.model_dump(mode="json")}
+
+
+def _check_recipe(config: RunConfig, run_dir: RunDir, *, prepared: str | None) -> bool:
+    """Whether training may continue from what another start has left, if it has.
+
+    prepared: the digest of `prepare`. Raises PlanMismatchError where finished checkpoints belong to another recipe.
+    """
+    try:
+        trained = json.loads(run_dir.trained_recipe.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return True
+    if trained["digest"] == resume_digest(config, prepared):
+        return True
+    from longalign_ray.train.ray_checkpoints import checkpoint_store
+
+    store = checkpoint_store(config, run_dir)
+    finished, _ = store.finished()
+    if finished:
+        changed = ", ".join(changed_settings(trained["recipe"], config)) or "the corpus, or the run before this one"
+        raise PlanMismatchError(
+            f"{store.path} holds checkpoints up to step {finished[0].state.step} of another recipe, with which this "
+            f"one cannot continue; changed: {changed}. Restore that, choose another run_dir, or remove {store.path} to "
+            "train anew"
+        )
+    return False
 
 
 def _check_window(config: RunConfig, model_dir: Path) -> None:

@@ -13,6 +13,7 @@ from torch import distributed as dist
 from longalign_ray.config import TrainConfig
 from longalign_ray.errors import CheckpointError
 from longalign_ray.train.batch import PackedBatch
+from longalign_ray.train.failures import Kind, kind_of
 from longalign_ray.train.loss import backward_scale
 from longalign_ray.train.model import PackedLM
 from longalign_ray.train.sequence_parallel import check_model, join_groups
@@ -125,9 +126,22 @@ class TrainEngine:
 
     def load(self, directory: Path) -> None:
         """Restores weights and optimizer. Raises CheckpointError where the shards are missing or unreadable."""
-        loaded, _ = self._engine.load_checkpoint(str(directory), tag=TAG)
+        try:
+            loaded, _ = self._engine.load_checkpoint(str(directory), tag=TAG)
+        except Exception as error:  # DeepSpeed and torch raise whatever comes
+            if kind_of(error) is not Kind.OTHER:  # too little memory, or a peer that is gone
+                raise
+            raise unreadable(directory, error) from error
         if loaded is None:
             raise CheckpointError(f"{directory / TAG} holds no checkpoint that DeepSpeed can load; remove {directory}")
+
+
+def unreadable(directory: Path, error: Exception) -> CheckpointError:
+    """What to raise where shards are missing, damaged, or of another model."""
+    return CheckpointError(
+        f"the shards below {directory / TAG} cannot be loaded ({type(error).__name__}: {error}): restore the model and "
+        f"the settings that wrote them, or remove {directory} to continue from the checkpoint before"
+    )
 
 
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:

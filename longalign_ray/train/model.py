@@ -19,6 +19,7 @@ from longalign_ray.config import RopeConfig, TrainConfig
 from longalign_ray.data.store import FULL_WEIGHT, Pack
 from longalign_ray.errors import ModelError
 from longalign_ray.precision import DTYPES
+from longalign_ray.run_dir import digest
 from longalign_ray.train import attention
 from longalign_ray.train.batch import PackedBatch, to_batch
 from longalign_ray.train.loss_head import LogitRule, TokenLossHead
@@ -123,6 +124,22 @@ def prepare_model(
     if tiled_mlp:
         tile_mlps(model, tile=model.config.hidden_size)
     return PackedLM(model, offload_checkpoints=offload_checkpoints).train()
+
+
+ATTENTION_SETTINGS = (
+    "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window", "rope_parameters",
+    "rms_norm_eps", "hidden_act",
+)  # fmt: skip
+"""Of config.json, which change what a model computes though not the shapes of its parameters."""
+
+
+def model_digest(model: PackedLM) -> str:
+    """Digest of the names and shapes of all parameters, before they are parted among ranks, and of ATTENTION_SETTINGS.
+
+    Not of the weights: those of a checkpoint replace them.
+    """
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    return digest(shapes, [getattr(model.model.config, name, None) for name in ATTENTION_SETTINGS])
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from longalign_ray.logs import MetricsWriter, progress, read_metrics
 from longalign_ray.run_dir import RunDir
 from longalign_ray.train.checkpoint import TrainState
 from longalign_ray.train.checkpoint_store import CheckpointStore
+from longalign_ray.train.failures import explain
 from longalign_ray.train.memory import CPU_ALLOCATOR
 from longalign_ray.train.ray_checkpoints import Uploads, checkpoint_store, pruning
 from longalign_ray.train.sinks import Sinks, check_installed, open_sinks
@@ -82,21 +83,12 @@ def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> str:
         try:
             trainer.fit()
         except Exception as error:  # Ray wraps a worker's error in one of several types of its own
-            raise LongAlignError(f"training failed: {_root_message(error)}") from error
+            failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+            raise LongAlignError(f"training failed: {explain(failures, config) if failures else error}") from error
     last = store.newest(checksums=False)
     if last is None:
         raise LongAlignError("training ended without a checkpoint; see the log of the workers above")
     return store.path_of(last.name)
-
-
-def _root_message(error: BaseException) -> str:
-    """The message of the worker's own error where Ray kept it, else Ray's."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, cause = next(iter(failures.items()))
-        cause = getattr(cause, "cause", cause)
-        return f"rank {rank}: {type(cause).__name__}: {cause}"
-    return str(error)
 
 
 def _train_worker(settings: dict[str, Any]) -> None:
@@ -109,7 +101,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     from longalign_ray.train.adapters import add_adapter
     from longalign_ray.train.engine import TrainEngine, quiet_deepspeed
     from longalign_ray.train.loop import StepMetrics, train_loop
-    from longalign_ray.train.model import load_for_training, verify_isolation, verify_loss
+    from longalign_ray.train.model import load_for_training, model_digest, verify_isolation, verify_loss
     from longalign_ray.train.resume import agree_on_checkpoint, loadable
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -126,12 +118,12 @@ def _train_worker(settings: dict[str, Any]) -> None:
     model = load_for_training(settings["model_dir"], dtype=dtype, config=config, rope=rope)
     if config.adapter is not None:
         add_adapter(model, config.adapter, seed=plan.seed)
-    vocab_size = int(model.model.config.vocab_size)
+    vocab_size, trained = int(model.model.config.vocab_size), model_digest(model)
     store: CheckpointStore = settings["checkpoints"]
     first_step = tokens_seen = 0
     convert = False
     if (stored := agree_on_checkpoint(store)) is not None:
-        stored.state.check(plan_digest=plan.digest, zero_stage=config.zero_stage)
+        stored.state.check(plan_digest=plan.digest, zero_stage=config.zero_stage, model_digest=trained)
         convert = not stored.state.fits(world_size=world_size, zero_stage=config.zero_stage)
     engine = TrainEngine(model, config, dtype=dtype, micro_steps=plan.shape[1], load_universal=convert)
     for verify in (verify_isolation, verify_loss):
@@ -168,6 +160,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
             world_size=world_size,
             zero_stage=config.zero_stage,
             heldout_loss=last_row.get("heldout_loss"),
+            model_digest=trained,
         )
         uploads.start(engine.save, state, last_row)
 
@@ -282,7 +275,8 @@ def _heldout_line(row: dict[str, Any]) -> str:
 
 
 def clear_training(config: RunConfig, run_dir: RunDir) -> None:
-    """Removes checkpoints and metrics of an earlier recipe, which this one must not resume."""
+    """Removes what an earlier recipe has left that never finished a checkpoint."""
+    logger.info("train: begun with another recipe, of which no checkpoint was finished; started anew")
     checkpoint_store(config, run_dir).clear()
     if (boards := run_dir.metrics.parent / "tensorboard").exists():
         shutil.rmtree(boards)

@@ -11,8 +11,10 @@ import pytest
 from longalign_ray import stage_state, stages
 from longalign_ray.config import RunConfig
 from longalign_ray.config_load import load_config
-from longalign_ray.errors import CorpusError, LongAlignError
-from longalign_ray.run_dir import Manifest, RunDir
+from longalign_ray.errors import CorpusError, LongAlignError, PlanMismatchError
+from longalign_ray.run_dir import Manifest, RunDir, write_json
+from longalign_ray.train.checkpoint import TrainState
+from longalign_ray.train.checkpoint_store import CheckpointStore
 
 
 def config_of(tmp_path: Path, *overrides: str) -> RunConfig:
@@ -84,15 +86,44 @@ def test_what_comes_before_makes_the_rest_due(tmp_path: Path) -> None:
 
 def test_what_an_interrupted_run_may_change(tmp_path: Path) -> None:
     """Where and in how little memory it trains, but not what."""
-    run_dir = RunDir(tmp_path / "run")
 
     def digest(*overrides: str) -> str:
-        return stage_state.resume_digest(config_of(tmp_path, *overrides), run_dir)
+        return stage_state.resume_digest(config_of(tmp_path, *overrides), "prepared")
 
     where = ("num_workers=4", "sp_degree=2", "zero_stage=2", "tiled_mlp=true", "offload_checkpoints=true")
     assert digest(*(f"train.{setting}" for setting in where)) == digest("train.offload_parameters=true") == digest()
     for what in ("learning_rate=1", "loss=token", "epochs=7", "max_grad_norm=0.5", "adapter={rank: 4}"):
         assert digest(f"train.{what}") != digest()
+
+
+def test_checkpoints_of_another_recipe_are_kept_and_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Complete or not; those that were never finished are removed, and where it trains may change."""
+    monkeypatch.setattr(stages, "starting_model", lambda *arguments: pytest.fail("went on"))
+    config, run_dir = config_of(tmp_path, "train.max_steps=4"), RunDir(tmp_path / "run")
+    write_json(run_dir.trained_recipe, stages._recipe(config, stage_state.stage_digest(config, run_dir, "prepare")))
+    run_dir.plan.parent.mkdir()
+    run_dir.plan.touch()
+    store = CheckpointStore.at(run_dir.checkpoints)
+    (run_dir.checkpoints / "step-00000002-1").mkdir(parents=True)
+    store.finish("step-00000002-1", 0, {})
+    changed = config_of(tmp_path, "train.max_steps=8", "train.num_workers=1", "seed=3")
+    assert not stages._check_recipe(changed, run_dir, prepared="another")
+    store.finish("step-00000002-1", 0, {}, TrainState(2, 0, "plan", 1, 3))
+    mark_done(config, run_dir, "prepare")
+    for stage in (stages.prepare, stages.train):
+        with pytest.raises(PlanMismatchError) as error:
+            stage(changed, run_dir)
+        assert "up to step 2 of another recipe" in str(error.value)
+        assert "changed: seed (was 0), train.max_steps (was 4). Restore that, choose another run_dir" in str(
+            error.value
+        )
+    assert store.names() == ["step-00000002-1"]
+    prepared = stage_state.stage_digest(config, run_dir, "prepare")
+    assert stages._check_recipe(
+        config_of(tmp_path, "train.max_steps=4", "train.zero_stage=2"), run_dir, prepared=prepared
+    )
+    with pytest.raises(PlanMismatchError, match="changed: the corpus, or the run before"):
+        stages._check_recipe(config, run_dir, prepared="of other files")
 
 
 def test_runs_before_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,14 @@ from longalign_ray.train import attention
 from longalign_ray.train import model as model_module
 from longalign_ray.train.batch import dummy_pack, to_batch
 from longalign_ray.train.loss import LossKind, backward_scale, step_totals
-from longalign_ray.train.model import PackedLM, load_for_training, prepare_model, verify_isolation, verify_loss
+from longalign_ray.train.model import (
+    PackedLM,
+    load_for_training,
+    model_digest,
+    prepare_model,
+    verify_isolation,
+    verify_loss,
+)
 from longalign_ray.train.rope import check_window
 from longalign_ray.train.tiled_mlp import tile_mlps
 from tests.unit.train.test_loss import index_of, plan_of
@@ -310,6 +317,25 @@ def test_tied_embeddings_stay_tied() -> None:
         build(llama(tie_word_embeddings=True), packed=True), gradient_checkpointing=False, head_chunk=4
     )
     assert model.model.lm_head.weight is model.model.model.embed_tokens.weight
+
+
+def test_the_digest_tells_models_apart_but_not_weights_or_settings_of_memory() -> None:
+    def digest(config: Any, **settings: Any) -> str:
+        model = build(config, packed=True, dtype=torch.float32)
+        return model_digest(prepare_model(model, **{"gradient_checkpointing": False, "head_chunk": 4, **settings}))
+
+    other_weights = build(llama(), packed=True, dtype=torch.bfloat16)
+    with torch.no_grad():
+        other_weights.lm_head.weight.add_(1)
+    same = model_digest(prepare_model(other_weights, gradient_checkpointing=False, head_chunk=4))
+    assert digest(llama()) == same == digest(llama(), gradient_checkpointing=True, head_chunk=8, tiled_mlp=True)
+    others = [
+        llama(num_attention_heads=2, head_dim=8),
+        llama(intermediate_size=52),
+        llama(rope_parameters={"rope_type": "default", "rope_theta": 9e5}),
+        llama(vocab_size=65),
+    ]
+    assert len({digest(llama()), *map(digest, others)}) == 1 + len(others)
 
 
 def test_models_that_cannot_be_served_exactly_are_refused(tmp_path: Path) -> None:
