@@ -482,7 +482,7 @@ class RunConfig(Section):
 
     run_dir: str
     """Directory of every artefact of the run; on a cluster a shared file system."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of every random choice."""
     before: dict[str, Any] | None = None
     """Settings of a run that comes first, in place of this recipe's, such as continual pre-training on plain text:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from longalign_ray.config_load import load_config
 from longalign_ray.data.cost import LLAMA_2_7B, sequence_cost
 from longalign_ray.data.make_plan import PlanSettings
 from longalign_ray.data.plan import StepPlan
@@ -21,6 +22,7 @@ from longalign_ray.data.plan_groups import GROUP, GroupPlan, plan_groups, seeded
 from longalign_ray.data.plan_score import PlanScore, score, warm_up
 from longalign_ray.errors import ConfigError, LongAlignError
 from longalign_ray.plan_memory import Forecast, Times, as_json, as_text, forecast, levers_of_recipe, times
+from longalign_ray.run_dir import RunDir
 from longalign_ray.train.memory import Levers
 from longalign_ray.train.model_shape import LLAMA_2_7B as LLAMA_2_7B_SHAPE
 from longalign_ray.train.model_shape import ModelShape
@@ -83,14 +85,14 @@ def _from_lengths(arguments: argparse.Namespace) -> str:
 
 
 def _from_recipe(arguments: argparse.Namespace) -> str:
-    from longalign_ray import stages
     from longalign_ray.data.pipeline import model_shape, plan_for, plan_settings
     from longalign_ray.data.store import ExampleIndex
     from longalign_ray.model_source import local_model_dir
 
     if arguments.model is not None:
         raise ConfigError("--model goes with --lengths; a recipe names its model: model.path=...")
-    config, run_dir = stages.open_run(arguments.recipe, arguments.overrides)
+    config = load_config(arguments.recipe, arguments.overrides)
+    run_dir = RunDir(Path(config.run_dir))  # neither made nor written to: the question may be a what-if
     model_dir = local_model_dir(config.model.path)
     settings = _changed(plan_settings(config, world_size=config.train.max_workers), arguments)
     model = model_shape(model_dir)

@@ -16,9 +16,9 @@ import numpy as np
 from longalign_ray.data.balance import place
 from longalign_ray.data.cost import SequenceCost
 from longalign_ray.data.deal import deal, step_sets
-from longalign_ray.data.plan import StepPlan
+from longalign_ray.data.plan import StepPlan, weights_of_steps
 from longalign_ray.data.planners import PLANNERS
-from longalign_ray.data.store import FULL_WEIGHT, ExampleIndex
+from longalign_ray.data.store import ExampleIndex
 from longalign_ray.errors import PlanMismatchError
 
 logger = logging.getLogger(__name__)
@@ -128,8 +128,7 @@ def plan_lengths(
     starts = offsets[:-1:slots_a_step]
     example_rows = order[members]
     targets = own[members] - 1 if num_targets is None else num_targets[example_rows].astype(np.int64)
-    # Whole per cent, so that the sum does not depend on its order.
-    weights = targets * FULL_WEIGHT if sum_weights is None else np.rint(sum_weights[example_rows] * FULL_WEIGHT)
+    weights = targets if sum_weights is None else sum_weights[example_rows]
     epoch = np.repeat(np.arange(settings.epochs), [len(rows) for rows in orders])
     return StepPlan(
         example_rows=example_rows,
@@ -138,7 +137,7 @@ def plan_lengths(
         shape=(num_steps, settings.micro_steps, settings.groups),
         num_sequences=np.add.reduceat(targets > 0, starts, dtype=np.int64),
         num_targets=np.add.reduceat(targets, starts),
-        sum_weights=np.add.reduceat(weights.astype(np.int64), starts) / FULL_WEIGHT,
+        sum_weights=weights_of_steps(weights, starts),
         epoch=np.minimum.reduceat(epoch[members], starts),
         capacity=settings.capacity,
         seed=settings.seed,

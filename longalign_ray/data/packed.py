@@ -7,8 +7,18 @@ import math
 from functools import lru_cache
 from pathlib import Path
 
-from longalign_ray.data.plan import StepPlan
-from longalign_ray.data.store import BYTES_PER_TOKEN, BatchFile, Pack, TokenStore, part_name, write_batches
+import numpy as np
+
+from longalign_ray.data.plan import StepPlan, weights_of_steps
+from longalign_ray.data.store import (
+    BYTES_PER_TOKEN,
+    BatchFile,
+    ExampleIndex,
+    Pack,
+    TokenStore,
+    part_name,
+    write_batches,
+)
 from longalign_ray.errors import PlanMismatchError
 from longalign_ray.run_dir import write_json
 
@@ -49,13 +59,16 @@ class PackReader:
     """The packs of a plan: out of packed blocks that were sorted for it, else gathered from the store row by row."""
 
     def __init__(self, plan: StepPlan, *, store_dir: Path, packed_dir: Path):
-        """Raises PlanMismatchError where the plan names rows that the store does not have."""
+        """Raises PlanMismatchError where the store's examples have other lengths or weights than the plan says."""
         self.plan = plan
         self.packed_dir = packed_dir
         self.steps_per_file = _steps_per_file(packed_dir, plan)
         self.store = TokenStore(store_dir)
-        if int(plan.example_rows.max()) >= len(self.store.index):
-            raise PlanMismatchError(f"the plan does not belong to the store {store_dir}; run `longalign prepare` again")
+        if not _belongs(plan, self.store.index):
+            raise PlanMismatchError(
+                f"the plan does not belong to the store {store_dir}: delete plan.npz beside it and run `longalign "
+                "prepare` again"
+            )
         self._file = lru_cache(maxsize=4)(lambda number: BatchFile(packed_dir / part_name(number)))
 
     @property
@@ -72,6 +85,14 @@ class PackReader:
         _, micro_steps, groups = self.plan.shape
         batch = ((step % self.steps_per_file) * micro_steps + micro_step) * groups + group
         return Pack.of(self._file(step // self.steps_per_file).examples(batch))
+
+
+def _belongs(plan: StepPlan, index: ExampleIndex) -> bool:
+    """Whether the rows that the plan names have its lengths, and their weights its sums."""
+    rows = plan.example_rows
+    if int(rows.min()) < 0 or int(rows.max()) >= len(index) or not np.array_equal(plan.lengths, index.length[rows]):
+        return False
+    return np.array_equal(plan.sum_weights, weights_of_steps(index.sum_weights[rows], plan.step_starts[:-1]))
 
 
 def _steps_per_file(packed_dir: Path, plan: StepPlan) -> int | None:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from longalign_ray.data.balance import imbalance, step_times
 from longalign_ray.data.cost import SequenceCost
+from longalign_ray.data.store import FULL_WEIGHT
 from longalign_ray.errors import PlanMismatchError
 
+ARRAYS = ("example_rows", "lengths", "offsets", "shape", "num_sequences", "num_targets", "sum_weights", "epoch")
 SCALARS = ("capacity", "seed", "sp_degree", "strategy", "balance", "num_carried")
 
 
@@ -70,6 +72,11 @@ class StepPlan:
         number = (step * self.shape[1] + micro_step) * self.shape[2] + group
         return self.example_rows[self.offsets[number] : self.offsets[number + 1]]
 
+    @property
+    def step_starts(self) -> np.ndarray:
+        """int64[steps+1]: place in example_rows at which each step begins, and their number last."""
+        return self.offsets[:: self.shape[1] * self.shape[2]]
+
     def slot_tokens(self) -> np.ndarray:
         """int64[steps, micro_steps, groups]."""
         return self._per_slot(self.lengths).astype(np.int64)
@@ -103,7 +110,7 @@ class StepPlan:
     @property
     def digest(self) -> str:
         """16 hex digits over the set of examples of each step: equal for any number of ranks."""
-        step_starts = self.offsets[:: self.shape[1] * self.shape[2]]
+        step_starts = self.step_starts
         step = np.repeat(np.arange(self.num_steps), np.diff(step_starts))
         rows = self.example_rows[np.lexsort((self.example_rows, step))]
         return _hash(step_starts, rows, self.num_sequences, self.num_targets)
@@ -116,39 +123,50 @@ class StepPlan:
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        scalars: dict[str, Any] = {name: np.array(getattr(self, name)) for name in SCALARS}
+        arrays = {name: np.asarray(getattr(self, name)) for name in (*ARRAYS, *SCALARS)}
+        arrays["cost"] = np.array([self.cost.linear, self.cost.quadratic])
         with temporary.open("wb") as file:
-            np.savez_compressed(
-                file,
-                example_rows=self.example_rows,
-                lengths=self.lengths,
-                offsets=self.offsets,
-                shape=self.shape,
-                num_sequences=self.num_sequences,
-                num_targets=self.num_targets,
-                sum_weights=self.sum_weights,
-                epoch=self.epoch,
-                cost=np.array([self.cost.linear, self.cost.quadratic]),
-                digest=np.array(self.digest),
-                **scalars,
-            )
+            np.savez_compressed(file, checksum=np.array(_checksum(arrays)), **arrays)
         temporary.replace(path)
 
     @staticmethod
     def load(path: Path) -> StepPlan:
-        """Raises PlanMismatchError where the file is missing, no plan, or altered."""
+        """Raises PlanMismatchError where the file is missing, no plan, or altered in any of its arrays."""
         try:
             with np.load(path) as file:
                 arrays = {name: file[name] for name in file.files}
-            cost, digest = SequenceCost(*arrays.pop("cost").tolist()), str(arrays.pop("digest"))
+            if str(arrays.pop("checksum")) != _checksum(arrays):
+                raise PlanMismatchError(
+                    f"{path} was altered after it was written: delete it and run `longalign prepare` again"
+                )
+            cost = SequenceCost(*arrays.pop("cost").tolist())
             scalars = {name: arrays.pop(name).item() for name in SCALARS}
             steps, micro_steps, groups = arrays.pop("shape").tolist()
-            plan = StepPlan(**arrays, **scalars, shape=(steps, micro_steps, groups), cost=cost)
+            return StepPlan(**arrays, **scalars, shape=(steps, micro_steps, groups), cost=cost)
+        except FileNotFoundError as error:
+            raise PlanMismatchError(f"{path} does not exist: run `longalign prepare`") from error
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise PlanMismatchError(f"{path} is no step plan ({error}); run `longalign prepare`") from error
-        if plan.digest != digest:
-            raise PlanMismatchError(f"{path} was altered after it was written; run `longalign prepare` again")
-        return plan
+            raise PlanMismatchError(
+                f"{path} is no step plan ({error}): delete it and run `longalign prepare` again"
+            ) from error
+
+
+def weights_of_steps(sum_weights: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """float64[steps]: sums of the examples' weights, float64[n] in the order of the plan, from each start to the next.
+
+    They are summed in whole per cent, so that the order within a step does not matter.
+    """
+    per_cent = np.rint(sum_weights * FULL_WEIGHT).astype(np.int64)
+    return np.add.reduceat(per_cent, starts) / FULL_WEIGHT
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """16 hex digits over names, types, shapes and every byte."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _hash(*arrays: np.ndarray) -> str:

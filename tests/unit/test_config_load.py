@@ -218,6 +218,7 @@ def test_offloading_what_is_not_there(tmp_path: Path) -> None:
             " gs://bucket/path; without the setting the checkpoints are in run_dir"
             " (override train.checkpoint_storage=s3://bucket)",
         ),
+        ("seed=-1", "seed = -1: input should be greater than or equal to 0 (override seed=-1)"),
         ("model.path.x=1", "model.path = {'x': 1}: input should be a valid string (override model.path.x=1)"),
     ],
 )

@@ -181,7 +181,8 @@ def test_a_recipe(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_options_replace_what_the_recipe_says(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "plan.npz"
+    out, record = tmp_path / "plan.npz", tmp_path / "run" / "config.yaml"
+    record.write_text("as trained", encoding="utf-8")
     options = "--world-size 8 --sp 4 --micro-steps 2 --strategy best_fit --balance none --json"
     assert main(["plan", str(recipe), "train.epochs=2", *options.split(), "--out", str(out)]) == 0
     score = json.loads(capsys.readouterr().out)
@@ -189,6 +190,7 @@ def test_options_replace_what_the_recipe_says(recipe: Path, tmp_path: Path, caps
     assert (plan.shape[1:], plan.sp_degree, plan.strategy, plan.balance) == ((2, 2), 4, "best_fit", "none")
     assert (score["num_sequences"], score["num_steps"]) == (580, plan.num_steps)
     assert sorted(plan.example_rows.tolist()) == sorted(2 * list(range(290)))
+    assert record.read_text(encoding="utf-8") == "as trained"
 
 
 def test_a_recipe_whose_corpus_is_not_tokenised(
@@ -201,5 +203,6 @@ def test_a_recipe_whose_corpus_is_not_tokenised(
     assert "a step takes" not in told.out.lower()
     assert main(["plan", str(recipe), f"run_dir={tmp_path / 'other'}", "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)) == ["memory"]
+    assert not (tmp_path / "other").exists()
     assert main(["plan", str(recipe), "--model", "config.json"]) == 2
     assert "model.path" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from longalign_ray.data.cost import SequenceCost
 from longalign_ray.data.make_plan import PlanSettings, make_plan, plan_lengths
-from longalign_ray.data.plan import StepPlan
+from longalign_ray.data.plan import ARRAYS, SCALARS, StepPlan
 from longalign_ray.data.planners import PLANNERS
 from longalign_ray.data.store import ExampleIndex
 from longalign_ray.errors import PlanMismatchError
@@ -262,19 +262,25 @@ def test_save_and_load(index: ExampleIndex, tmp_path: Path) -> None:
         assert file["shape"].tolist() == list(plan.shape)
 
 
-def test_an_altered_or_missing_plan_is_refused(index: ExampleIndex, tmp_path: Path) -> None:
+def test_a_missing_or_broken_plan_is_refused(index: ExampleIndex, tmp_path: Path) -> None:
     path = tmp_path / "plan.npz"
-    with pytest.raises(PlanMismatchError, match="longalign prepare"):
+    with pytest.raises(PlanMismatchError, match="does not exist: run `longalign prepare`"):
         StepPlan.load(path)
+    path.write_bytes(b"not a plan")
+    with pytest.raises(PlanMismatchError, match=r"no step plan .*: delete it and run `longalign prepare` again"):
+        StepPlan.load(path)
+
+
+@pytest.mark.parametrize("name", [*ARRAYS, *SCALARS, "cost"])
+def test_a_plan_altered_anywhere_is_refused(index: ExampleIndex, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "plan.npz"
     plan_of(index).save(path)
     with np.load(path) as file:
         arrays = dict(file)
-    arrays["num_sequences"] = arrays["num_sequences"] + 1
-    np.savez(path, **arrays)
+    changed = arrays[name].copy()
+    changed.flat[0] = "none" if changed.dtype.kind == "U" else changed.flat[0] + 1
+    np.savez(path, **{**arrays, name: changed})
     with pytest.raises(PlanMismatchError, match="altered"):
-        StepPlan.load(path)
-    path.write_bytes(b"not a plan")
-    with pytest.raises(PlanMismatchError, match="no step plan"):
         StepPlan.load(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -150,3 +151,13 @@ def test_plan_of_another_store_is_refused(store: TokenStore, tmp_path: Path) -> 
     small = write_store(tmp_path / "small", [random_examples(5)])
     with pytest.raises(PlanMismatchError, match="does not belong"):
         PackReader(plan_for(store, 2), store_dir=small.directory, packed_dir=tmp_path / "packed")
+
+
+@pytest.mark.parametrize("column", ["length", "sum_weights"])
+def test_plan_of_the_same_store_made_otherwise_is_refused(store: TokenStore, tmp_path: Path, column: str) -> None:
+    """As many rows, but the last has a token more, or weighs more."""
+    changed = getattr(store.index, column).copy()
+    changed[-1] += 1
+    replace(store.index, **{column: changed}).save(store.directory / "index.parquet")
+    with pytest.raises(PlanMismatchError, match="does not belong"):
+        PackReader(plan_for(store, 2), store_dir=store.directory, packed_dir=tmp_path / "packed")
