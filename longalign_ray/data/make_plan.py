@@ -259,7 +259,7 @@ def _shuffled_places(num_packs: int, group_size: int, seed: int, epoch: int) -> 
 
 def _best_of(plans: dict[str, StepPlan]) -> StepPlan:
     """The plan that comes nearest to ideal time."""
-    shares = {name: 1 / plan.imbalance() for name, plan in plans.items()}
+    shares = {name: 1 / plan.time_over_ideal() for name, plan in plans.items()}
     best = max(shares, key=lambda name: shares[name])
     told = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
     logger.info("strategy auto: share of ideal time %s; %s it is", told, best)
