@@ -524,6 +524,19 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _whole_packs(self) -> RunConfig:
+        """By the longest example that there may be; the plan knows the longest that there is."""
+        packs, degree, longest = self.packing.packs_per_step, self.train.sp_degree, self.data.max_length
+        fitting = [d for d in range(1, degree + 1) if degree % d == 0 and longest <= self.packing.capacity * d]
+        if fitting and packs % fitting[0]:
+            raise ValueError(
+                f"packing.packs_per_step = {packs} is no multiple of {fitting[0]}, the ranks of train.sp_degree = "
+                f"{degree} that share a pack of data.max_length = {longest} tokens: set it to a multiple of "
+                f"{fitting[0]}, such as {-(-packs // fitting[0]) * fitting[0]}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _context_extended_once(self) -> RunConfig:
         own = {} if self.before is None else self.before.get("model") or {}
         if self.before is not None and self.model.rope.scaling != "none" and "rope" not in own:

@@ -142,7 +142,7 @@ def times(
         step=step,
         gpu_hours=step.total * score.num_steps * settings.world_size / 3_600,
         longest_tokens=longest,
-        longest_over_step=alone / (compute / score.imbalance_mean),
+        longest_over_step=alone / (compute / score.time_over_ideal),
     )
 
 

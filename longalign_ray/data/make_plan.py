@@ -1,7 +1,8 @@
 """From lengths to a StepPlan, in seconds: order of the epoch -> packs or step sets -> slots of micro-steps and groups.
 
 The examples of a step depend on the lengths, the seed and the packing settings alone. Where they run depends on the
-number of ranks and on the sequence-parallel degree, so a plan can be cut at any step and continued on another world.
+number of ranks and on the sequence-parallel degree, so a plan can be cut at any step and continued on another world;
+only where examples are longer than a rank's room must the degree suit the steps (`_degree_of_a_pack`).
 """
 
 from __future__ import annotations
@@ -161,7 +162,8 @@ def _shuffled(rows: np.ndarray | Callable[[int], np.ndarray] | None, n: int, see
 def _degree_of_a_pack(lengths: np.ndarray, settings: PlanSettings) -> int:
     """Ranks that the longest example needs: packs are planned for these, and a slot holds several of them.
 
-    So the steps do not change with the degree, as long as the longest example fits.
+    It is the least divisor of sp_degree that gives room enough. Degrees for which it is the same have the same steps:
+    all of them where each example fits one rank; 2, 4 and 6 for one of twice the capacity, while 3 takes other steps.
     """
     capacity, degree, longest = settings.capacity, settings.sp_degree, int(lengths.max())
     if settings.world_size % degree:
@@ -176,7 +178,15 @@ def _degree_of_a_pack(lengths: np.ndarray, settings: PlanSettings) -> int:
             f"{f' on {degree} ranks' if degree > 1 else ''}: raise packing.capacity or set data.max_length <= "
             f"{capacity * degree}"
         )
-    return next(d for d in range(1, degree + 1) if degree % d == 0 and longest <= capacity * d)
+    needed = next(d for d in range(1, degree + 1) if degree % d == 0 and longest <= capacity * d)
+    if rest := settings.packs_per_step % needed:
+        fewer = settings.packs_per_step - rest
+        raise PlanMismatchError(
+            f"packing.packs_per_step = {settings.packs_per_step} is no multiple of {needed}, the ranks of "
+            f"train.sp_degree = {degree} that the longest example of {longest} tokens needs: set it to "
+            f"{f'{fewer} or ' if fewer else ''}{fewer + needed}, or to a multiple of {degree}"
+        )
+    return needed
 
 
 def _deal_all(
@@ -184,7 +194,7 @@ def _deal_all(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """(members, slot of each over all steps, number carried)."""
     ranks = unit // settings.capacity
-    sets = step_sets(lengths, capacity=unit, packs=max(settings.packs_per_step // ranks, 1), fill=settings.fill)
+    sets = step_sets(lengths, capacity=unit, packs=settings.packs_per_step // ranks, fill=settings.fill)
     own = lengths[sets.members]
     slot = deal(
         own,
@@ -215,7 +225,7 @@ def _pack_all(
         num_packs += len(packs)
     member, number = np.concatenate(members), np.concatenate(numbers)
     ranks = unit // settings.capacity
-    packs_a_step = max(settings.packs_per_step // ranks, 1)
+    packs_a_step = settings.packs_per_step // ranks
     num_steps = -(-num_packs // packs_a_step)
     step, turn = np.divmod(number, packs_a_step)
     if num_steps > 1:  # the last two share evenly what is left, so that none is a fraction of a step
@@ -249,7 +259,7 @@ def _shuffled_places(num_packs: int, group_size: int, seed: int, epoch: int) -> 
 
 def _best_of(plans: dict[str, StepPlan]) -> StepPlan:
     """The plan that comes nearest to ideal time."""
-    shares = {name: 1 / plan.imbalance() for name, plan in plans.items()}
+    shares = {name: 1 / plan.time_over_ideal() for name, plan in plans.items()}
     best = max(shares, key=lambda name: shares[name])
     told = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
     logger.info("strategy auto: share of ideal time %s; %s it is", told, best)

@@ -72,7 +72,7 @@ def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Mapp
         "packs": num_packs,
         "steps": plan.num_steps,
         "fill": plan.fill(),
-        "imbalance": plan.imbalance(),
+        "time_over_ideal": plan.time_over_ideal(),
         "carried": plan.num_carried,
     }
     for name, use in uses.items():

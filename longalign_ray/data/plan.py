@@ -102,8 +102,8 @@ class StepPlan:
         """float64[steps]: time of a step over its time if all groups shared its work evenly, at least 1."""
         return imbalance(self.slot_costs(), self.balance)
 
-    def imbalance(self) -> float:
-        """The same over all steps: time of all over ideal time of all."""
+    def time_over_ideal(self) -> float:
+        """Time of all steps over their time if all groups shared the work of each evenly: heavy steps count for more."""
         costs = self.slot_costs()
         return float(step_times(costs, self.balance).sum() / (costs.sum() / self.shape[2]))
 

@@ -33,12 +33,16 @@ class PlanScore:
     cpu_seconds: float
     """Of planning, compiled before."""
     imbalance_mean: float
-    """Time of all steps over their time if all ranks shared the work of each evenly."""
+    """Cost of the slowest group over the mean group's, averaged over the steps."""
     imbalance_worst: float
     """The same of the worst step."""
+    time_over_ideal: float
+    """Time of all steps over their time if all ranks shared the work of each evenly: heavy steps count for more."""
     num_steps: int
+    steps_per_epoch: int
     dropped: int
-    """Sequences that no pack can hold: empty or longer than sp_degree * capacity."""
+    """Sequences that no pack can hold: empty or longer than sp_degree * capacity; of a recipe, all that `prepare` left
+    out, for whatever reason."""
     carried: int
     """Times that `deal` moved an example to the next step."""
     hours: float
@@ -56,11 +60,11 @@ def warm_up(lengths: np.ndarray, settings: PlanSettings, cost: SequenceCost) -> 
 def score(
     groups: Iterable[GroupPlan], settings: PlanSettings, tflops: float, writer: PlanWriter | None = None
 ) -> PlanScore:
-    """The score of all groups together. Their plans are written as they come, then forgotten."""
+    """The score of all groups together, of one epoch. Their plans are written as they come, then forgotten."""
     room = settings.capacity * settings.sp_degree
     counts = np.zeros(room + 1, np.int64)  # of the lengths
     num_packs = num_steps = dropped = carried = 0
-    took = ideal = worst = cpu_seconds = 0.0
+    took = ideal = sum_imbalance = worst = cpu_seconds = 0.0
     strategy = settings.strategy
     started = time.process_time()
     for group in groups:
@@ -72,6 +76,7 @@ def score(
         num_packs, num_steps = num_packs + plan.num_packs, num_steps + plan.num_steps
         dropped, carried = dropped + group.num_dropped, carried + plan.num_carried
         took, ideal = took + float((imbalance * ideal_times).sum()), ideal + float(ideal_times.sum())
+        sum_imbalance += float(imbalance.sum())
         worst, strategy = max(worst, float(imbalance.max())), plan.strategy
         if writer is not None:
             writer.add(plan)
@@ -89,9 +94,11 @@ def score(
         lower_bound_packs=lower_bound_of_counts(counts),
         utilisation=float(counts @ np.arange(room + 1)) / (num_packs * room),
         cpu_seconds=cpu_seconds,
-        imbalance_mean=took / ideal,
+        imbalance_mean=sum_imbalance / num_steps,
         imbalance_worst=worst,
+        time_over_ideal=took / ideal,
         num_steps=num_steps,
+        steps_per_epoch=num_steps,
         dropped=dropped,
         carried=carried,
         hours=took / settings.sp_degree / (tflops * 1e12) / 3_600,

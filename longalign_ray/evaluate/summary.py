@@ -109,7 +109,7 @@ def _packs(run_dir: RunDir) -> dict[str, Any] | None:
         "sequences_per_pack": len(plan.example_rows) / max(len(fill), 1),
         "fill": plan.fill(),
         "fill_histogram": np.histogram(fill, np.linspace(0, 1, FILL_BINS + 1))[0].tolist(),
-        "imbalance": plan.imbalance(),
+        "imbalance": plan.time_over_ideal(),
         "busiest_rank": (of_rank.max(axis=1) / mean).tolist(),
         "idlest_rank": (of_rank.min(axis=1) / mean).tolist(),
         "lock_step": plan.step_imbalance().tolist(),

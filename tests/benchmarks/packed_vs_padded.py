@@ -242,7 +242,7 @@ def main() -> None:
             seconds = lock_step_seconds(store, one, arguments.layers, Path(scratch))["seconds"]
             first = first or seconds
             micro_steps = one.shape[0] * one.shape[1]
-            print(f"| {name} | {micro_steps} | {one.imbalance():.2f} | {seconds:.1f} | {first / seconds:.2f} |")
+            print(f"| {name} | {micro_steps} | {one.time_over_ideal():.2f} | {seconds:.1f} | {first / seconds:.2f} |")
 
 
 if __name__ == "__main__":

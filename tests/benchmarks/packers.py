@@ -194,7 +194,7 @@ def plan_table(number: int, large: int, seed: int) -> None:
                     seed=seed,
                 )
                 plan = plan_lengths(lengths, settings, cost=LLAMA_2_7B)
-                cells.append(f"{plan.imbalance():.4f} | {plan.step_imbalance().max():.3f} | {plan.fill():.1%}")
+                cells.append(f"{plan.time_over_ideal():.4f} | {plan.step_imbalance().max():.3f} | {plan.fill():.1%}")
                 if ranks == 8:
                     started = time.process_time()
                     plan_lengths(many, settings, cost=LLAMA_2_7B)

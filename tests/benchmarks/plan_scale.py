@@ -69,7 +69,7 @@ def main() -> None:
             f"{seconds:.0f} | {grown / 1e6:,.0f} MB | {grown / arguments.number:.1f} |"
         )
         print(
-            f"\n{told.num_steps:,} steps, {told.utilisation:.1%} full, time / ideal {told.imbalance_mean:.4f}; "
+            f"\n{told.num_steps:,} steps, {told.utilisation:.1%} full, time / ideal {told.time_over_ideal:.4f}; "
             f"{out.stat().st_size / arguments.number:.1f} bytes a sequence in the plan file. The peak is above the "
             "process before it; the 4 bytes of each length are in it, as far as their pages were in memory."
         )

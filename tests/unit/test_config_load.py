@@ -113,7 +113,12 @@ def test_ranks_that_share_packs(tmp_path: Path) -> None:
         "train.sp_degree = 4 does not divide train.num_workers = 6: set train.sp_degree to one of 1, 2, 3, 6, or "
         "train.num_workers to a multiple of 4 (override train.sp_degree=4)"
     ]
-    assert load_config(recipe, ["train.sp_degree=6"]).train.sp_degree == 6
+    assert problems(recipe, "train.sp_degree=6") == [
+        "packing.packs_per_step = 8 is no multiple of 6, the ranks of train.sp_degree = 6 that share a pack of "
+        "data.max_length = 4096 tokens: set it to a multiple of 6, such as 12"
+    ]
+    assert load_config(recipe, ["train.sp_degree=6", "packing.packs_per_step=12"]).train.sp_degree == 6
+    assert load_config(recipe, ["train.sp_degree=6", "data.max_length=1024"]).packing.packs_per_step == 8
 
 
 @pytest.mark.parametrize(
