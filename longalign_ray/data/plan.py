@@ -7,7 +7,6 @@ So one store trains on any number of ranks with the same steps.
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from longalign_ray.data.balance import imbalance, step_times
 from longalign_ray.data.cost import SequenceCost
 from longalign_ray.errors import PlanMismatchError
+from longalign_ray.run_dir import whole_file
 
 SCALARS = ("capacity", "seed", "sp_degree", "strategy", "balance", "num_carried")
 
@@ -114,10 +114,8 @@ class StepPlan:
         return _hash(self.example_rows, self.offsets, np.asarray(self.shape))
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         scalars: dict[str, Any] = {name: np.array(getattr(self, name)) for name in SCALARS}
-        with temporary.open("wb") as file:
+        with whole_file(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(
                 file,
                 example_rows=self.example_rows,
@@ -132,7 +130,6 @@ class StepPlan:
                 digest=np.array(self.digest),
                 **scalars,
             )
-        temporary.replace(path)
 
     @staticmethod
     def load(path: Path) -> StepPlan:
