@@ -21,6 +21,10 @@ class PackFormatError(LongAlignError):
     """A token store or a packed block does not have the layout that its reader expects."""
 
 
+class DiskError(LongAlignError):
+    """A file of the run cannot be written, most often because the disk is full."""
+
+
 class PlanMismatchError(LongAlignError):
     """A plan does not belong to the store or checkpoint that it is used with."""
 

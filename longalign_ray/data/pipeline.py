@@ -30,9 +30,9 @@ from longalign_ray.data.record_styles import printable
 from longalign_ray.data.slice_store import EVALUATION_FILE, index_file, summary_file, tokenise_slice
 from longalign_ray.data.store import ExampleIndex, TokenStore, part_name
 from longalign_ray.data.template import load_tokenizer
-from longalign_ray.errors import CorpusError, ModelError
+from longalign_ray.errors import CorpusError, LongAlignError, ModelError
 from longalign_ray.logs import progress
-from longalign_ray.run_dir import RunDir, digest
+from longalign_ray.run_dir import RunDir, digest, whole_file
 
 INDEX_COLUMNS = ["example_id", "length", "num_targets", "sum_weights", "file", "row"]
 # Reasons of records that are well formed, but not of use here.
@@ -165,7 +165,7 @@ def _write_store(
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     num_bad, first_rejects = 0, []
-    with run_dir.rejects.open("w", encoding="utf-8") as file:
+    with whole_file(run_dir.rejects) as temporary, temporary.open("w", encoding="utf-8") as file:
         for number in range(len(slices)):
             summary = json.loads(summary_file(run_dir.store, number).read_text(encoding="utf-8"))
             counts.update(summary["counts"])
@@ -184,12 +184,15 @@ def _write_store(
 
 
 def _keep_if_same(directory: Path, fingerprint: str) -> None:
-    """Empties a directory that holds the work of another fingerprint."""
+    """Empties a directory that holds the work of another fingerprint, else removes what killed writers left there."""
     mark = directory / "fingerprint"
     if not mark.exists() or mark.read_text(encoding="utf-8") != fingerprint:
+        mark.unlink(missing_ok=True)  # first: a directory half emptied is to have no mark
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         mark.write_text(fingerprint, encoding="utf-8")
+    for leftover in directory.glob("*.tmp"):
+        leftover.unlink()
 
 
 def _tokenizer_state(model_dir: Path) -> list[tuple[str, int, int]]:
@@ -262,20 +265,28 @@ def _write_packed(run_dir: RunDir, plan: StepPlan, *, steps_per_file: int) -> in
     _keep_if_same(run_dir.packed, digest(plan.layout_digest, steps_per_file, store_state))
     with progress("prepare: packed files written", num_files) as bar:
         items = [{"number": number} for number in range(num_files)]
-        for done, _ in enumerate(_each(items, _write_packed_slice, settings), 1):
+        problems = []
+        for done, row in enumerate(_each(items, _write_packed_slice, settings), 1):
+            problems += [row["problem"]] if row["problem"] else []
             bar.advance(done)
+    if problems:
+        raise LongAlignError("\n  ".join(sorted(set(problems))[:10]))
     write_layout(run_dir.packed, plan, steps_per_file=steps_per_file)
     return num_packs
 
 
 def _write_packed_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """What stops it is in the result as `problem`."""
     number, directory = item["number"], Path(settings["packed"])
-    if not (directory / part_name(number)).exists():
-        write_packed_file(
-            TokenStore(Path(settings["store"])),
-            StepPlan.load(Path(settings["plan"])),
-            number,
-            steps_per_file=settings["steps_per_file"],
-            directory=directory,
-        )
-    return {"number": number}
+    try:
+        if not (directory / part_name(number)).exists():
+            write_packed_file(
+                TokenStore(Path(settings["store"])),
+                StepPlan.load(Path(settings["plan"])),
+                number,
+                steps_per_file=settings["steps_per_file"],
+                directory=directory,
+            )
+    except LongAlignError as error:
+        return {"number": number, "problem": str(error)}
+    return {"number": number, "problem": ""}

@@ -7,7 +7,6 @@ So one store trains on any number of ranks with the same steps.
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from longalign_ray.data.balance import imbalance, step_times
 from longalign_ray.data.cost import SequenceCost
 from longalign_ray.data.store import FULL_WEIGHT
 from longalign_ray.errors import PlanMismatchError
+from longalign_ray.run_dir import whole_file
 
 ARRAYS = ("example_rows", "lengths", "offsets", "shape", "num_sequences", "num_targets", "sum_weights", "epoch")
 SCALARS = ("capacity", "seed", "sp_degree", "strategy", "balance", "num_carried")
@@ -104,7 +104,7 @@ class StepPlan:
         return imbalance(self.slot_costs(), self.balance)
 
     def time_over_ideal(self) -> float:
-        """Time of all steps over their time if all groups shared the work of each evenly: heavy steps count for more."""
+        """Time of all steps over their time if all groups shared each step's work evenly: heavy steps count for more."""
         costs = self.slot_costs()
         return float(step_times(costs, self.balance).sum() / (costs.sum() / self.shape[2]))
 
@@ -122,13 +122,10 @@ class StepPlan:
         return _hash(self.example_rows, self.offsets, np.asarray(self.shape))
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         arrays: dict[str, Any] = {name: np.asarray(getattr(self, name)) for name in (*ARRAYS, *SCALARS)}
         arrays["cost"] = np.array([self.cost.linear, self.cost.quadratic])
-        with temporary.open("wb") as file:
+        with whole_file(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, checksum=np.array(_checksum(arrays)), **arrays)
-        temporary.replace(path)
 
     @staticmethod
     def load(path: Path) -> StepPlan:

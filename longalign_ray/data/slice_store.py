@@ -26,8 +26,8 @@ from longalign_ray.data.record_styles import printable
 from longalign_ray.data.store import Example, part_name, write_examples
 from longalign_ray.data.template import load_tokenizer
 from longalign_ray.data.tokenize import ConversationTokenizer
-from longalign_ray.errors import CorpusError
-from longalign_ray.run_dir import write_json
+from longalign_ray.errors import CorpusError, DiskError
+from longalign_ray.run_dir import whole_file, write_json
 
 EVALUATION_FILE = "evaluation_runs.npy"
 
@@ -62,10 +62,15 @@ def tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str, 
 
     try:
         write_examples(store / part_name(number), noted())
-    except (CorpusError, OSError) as error:
-        (store / part_name(number)).with_suffix(".tmp").unlink(missing_ok=True)
-        where = "" if isinstance(error, CorpusError) else f"{store} cannot be written; is there space left? "
-        return {"number": number, "problem": f"{where}{error}"}
+        with whole_file(index_file(store, number)) as temporary:
+            pq.write_table(_index_table(number, rows, DataConfig(**settings["data"])), temporary)
+        write_json(summary_file(store, number), {"rejects": rejects, "counts": counts})
+    except (CorpusError, DiskError) as error:
+        return {"number": number, "problem": str(error)}
+    return {"number": number, "problem": ""}
+
+
+def _index_table(number: int, rows: list[tuple[str, int, int, float, int, bytes]], data: DataConfig) -> pa.Table:
     index = {
         "example_id": pa.array([row[0] for row in rows], pa.string()),
         "length": pa.array([row[1] for row in rows], pa.int32()),
@@ -75,11 +80,9 @@ def tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str, 
         "row": pa.array(range(len(rows)), pa.int32()),
         "line": pa.array([row[4] for row in rows], pa.int64()),
     }
-    if width := fingerprint_bytes(DataConfig(**settings["data"]).dedup):
+    if width := fingerprint_bytes(data.dedup):
         index["fingerprint"] = pa.array([row[5] for row in rows], pa.binary(width))
-    pq.write_table(pa.table(index), index_file(store, number))
-    write_json(summary_file(store, number), {"rejects": rejects, "counts": counts})
-    return {"number": number, "problem": ""}
+    return pa.table(index)
 
 
 def _examples(

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from longalign_ray.errors import PackFormatError
+from longalign_ray.run_dir import whole_file
 
 SCHEMA = pa.schema(
     [
@@ -83,7 +84,8 @@ class ExampleIndex:
 
     def save(self, path: Path) -> None:
         columns = {field.name: pa.array(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        pq.write_table(pa.table(columns), path, compression="zstd")
+        with whole_file(path) as temporary:
+            pq.write_table(pa.table(columns), temporary, compression="zstd")
 
     @staticmethod
     def load(path: Path) -> ExampleIndex:
@@ -125,11 +127,13 @@ def part_name(number: int) -> str:
 
 def write_batches(path: Path, batches: Iterable[Sequence[Example]]) -> None:
     """Writes a file with one record batch for each list of examples; it appears whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+    with (
+        whole_file(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, SCHEMA) as writer,
+    ):
         for examples in batches:
             writer.write_batch(_record_batch(examples))
-    temporary.replace(path)
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:

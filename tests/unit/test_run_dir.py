@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from longalign_ray.run_dir import STAGES, Manifest, RunDir, digest, write_json
+from longalign_ray.errors import DiskError
+from longalign_ray.run_dir import STAGES, Manifest, RunDir, digest, whole_file, write_json
 
 MANIFEST = Manifest(
     stage="prepare",
@@ -47,6 +48,28 @@ def test_digest_depends_on_values_and_not_on_key_order() -> None:
     assert len({digest(value) for value in (1, "1", [1], [[1]], None, {"1": 1}, 1.5)}) == 7
     assert digest("é", Path("x")) == digest("é", Path("x"))
     assert len(digest()) == 16
+
+
+def test_two_writers_of_a_file_do_not_meet(tmp_path: Path) -> None:
+    """One that was given up and ends late leaves a whole file too."""
+    path = tmp_path / "part"
+    with whole_file(path) as late:
+        late.write_text("late, but")
+        with whole_file(path) as other:
+            other.write_text("other")
+        assert path.read_text() == "other"
+        late.write_text("late, but whole")
+    assert path.read_text() == "late, but whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "x.json", tmp_path / "directory"):
+        (tmp_path / "directory").mkdir(exist_ok=True)
+        with pytest.raises(DiskError, match=f"{place.parent} cannot be written; is there space left"):
+            write_json(place, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "file"]
 
 
 def test_write_json_replaces_whole_files(tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
-import numpy as np
+import shutil
+from pathlib import Path
 
-from longalign_ray.data.pipeline import choose_heldout
+import numpy as np
+import pytest
+
+from longalign_ray.data.pipeline import _keep_if_same, choose_heldout
 
 
 def names(number: int) -> np.ndarray:
@@ -26,3 +30,25 @@ def test_more_data_moves_few() -> None:
     before = set(np.flatnonzero(choose_heldout(names(200), fraction=0.1, at_most=64, seed=0)))
     after = set(np.flatnonzero(choose_heldout(names(220), fraction=0.1, at_most=64, seed=0)))
     assert len(before & after) >= 15
+
+
+def test_a_directory_is_kept_only_for_the_same_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "packed"
+    _keep_if_same(directory, "one")
+    for name in ("part-00000.arrow", "part-00001.arrow.0a.tmp"):
+        (directory / name).touch()
+    _keep_if_same(directory, "one")
+    assert sorted(path.name for path in directory.iterdir()) == ["fingerprint", "part-00000.arrow"]
+
+    class Killed(BaseException):
+        pass
+
+    def half_way(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half_way)
+        with pytest.raises(Killed):
+            _keep_if_same(directory, "two")
+    _keep_if_same(directory, "one")  # what is left of it is not taken for whole
+    assert sorted(path.name for path in directory.iterdir()) == ["fingerprint"]

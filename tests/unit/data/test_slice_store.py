@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 
 from longalign_ray.config import DataConfig
+from longalign_ray.data.pipeline import _write_packed_slice
 from longalign_ray.data.slice_store import EVALUATION_FILE, index_file, summary_file, tokenise_slice
 from longalign_ray.data.store import BatchFile, part_name
+from tests.unit.data.test_store import plan_for, random_examples, write_store
 
 
 def settings_of(store: Path, model_dir: Path, **data: Any) -> dict[str, Any]:
@@ -70,3 +74,50 @@ def test_a_slice_that_is_done_is_not_read_again(tiny_model_dir: Path, tmp_path: 
     assert tokenise_slice(dict(item), settings)["problem"] == ""
     summary_file(tmp_path / "store", 0).unlink()
     assert str(corpus) in tokenise_slice(dict(item), settings)["problem"]
+
+
+FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, where every write fails")
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes the disk full for files whose name ends so."""
+
+    def fill(ending: str) -> None:
+        def temporary(path: Path) -> Path:
+            made = path.with_name(f"{path.name}.x.tmp")
+            if path.name.endswith(ending):
+                made.symlink_to("/dev/full")
+            return made
+
+        monkeypatch.setattr("longalign_ray.run_dir._temporary", temporary)
+
+    return fill
+
+
+@FULL
+@pytest.mark.parametrize("ending", [".arrow", ".parquet", ".json"])
+def test_a_full_disk_is_named_and_the_slice_is_not_done(
+    tiny_model_dir: Path, tmp_path: Path, full_disk: Callable[[str], None], ending: str
+) -> None:
+    corpus, settings = tmp_path / "corpus.jsonl", settings_of(tmp_path / "store", tiny_model_dir)
+    corpus.write_text(json.dumps({"text": "some text"}), encoding="utf-8")
+    full_disk(ending)
+    problem = tokenise_slice(item_of(corpus, 0), settings)["problem"]
+    assert problem.startswith(f"{tmp_path / 'store'} cannot be written; is there space left? ")
+    assert not summary_file(tmp_path / "store", 0).exists()
+    assert not list((tmp_path / "store").glob("*.tmp"))
+    full_disk("nothing")
+    assert tokenise_slice(item_of(corpus, 0), settings)["problem"] == ""
+
+
+@FULL
+def test_a_full_disk_under_packed_blocks_is_named(tmp_path: Path, full_disk: Callable[[str], None]) -> None:
+    store = write_store(tmp_path / "store", [random_examples(20)])
+    plan_for(store, world_size=2).save(tmp_path / "plan.npz")
+    names = {"store": str(store.directory), "plan": str(tmp_path / "plan.npz"), "packed": str(tmp_path / "packed")}
+    (tmp_path / "packed").mkdir()
+    full_disk(".arrow")
+    problem = _write_packed_slice({"number": 0}, {**names, "steps_per_file": 1})["problem"]
+    assert problem.startswith(f"{tmp_path / 'packed'} cannot be written; is there space left? ")
+    assert not list((tmp_path / "packed").iterdir())
