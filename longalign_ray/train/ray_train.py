@@ -257,9 +257,9 @@ def _watched_metrics(path: Path, num_steps: int, *, poll_seconds: float = 1.0) -
 
 
 def _step_line(row: dict[str, Any]) -> str:
-    seen, mfu = row.get("seen_imbalance"), row.get("mfu")
+    seen, mfu, norm = row.get("seen_imbalance"), row.get("mfu"), row["grad_norm"]
     return (
-        f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.2f}  lr {row['learning_rate']:.2e}  "
+        f"loss {row['loss']:.4f}  {'' if norm is None else f'grad norm {norm:.2f}  '}lr {row['learning_rate']:.2e}  "
         f"{row['tokens_per_second']:,.0f} tokens/s  {'' if mfu is None else f'MFU {mfu:.1%}  '}"
         f"imbalance {row['rank_imbalance']:.3f}{'' if seen is None else f', seen {seen:.3f}'}  "
         f"data wait {row.get('data_seconds', 0.0) / row['seconds']:.1%}  {row['max_memory_gb']:.1f} GB a rank"
@@ -267,9 +267,12 @@ def _step_line(row: dict[str, Any]) -> str:
 
 
 def _heldout_line(row: dict[str, Any]) -> str:
-    by_length = ", ".join(f"{bucket} {loss:.4f}" for bucket, loss in row["heldout_by_length"].items())
+    def told(loss: float | None) -> str:
+        return "not finite" if loss is None else f"{loss:.4f}"
+
+    by_length = ", ".join(f"{bucket} {told(loss)}" for bucket, loss in row["heldout_by_length"].items())
     return (
-        f"held-out loss {row['heldout_loss']:.4f} ({by_length}), by tokens {row['heldout_token_loss']:.4f}  "
+        f"held-out loss {told(row['heldout_loss'])} ({by_length}), by tokens {told(row['heldout_token_loss'])}  "
         f"{row['heldout_seconds']:.1f} s"
     )
 
