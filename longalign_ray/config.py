@@ -309,7 +309,8 @@ class TrainConfig(Section):
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints kept."""
     keep_best: bool = False
-    """Keep the checkpoint with the lowest held-out loss as well, and export that one."""
+    """Keep the checkpoint with the lowest held-out loss as well, and export that one. Needs a train.heldout_every that
+    divides train.checkpoint_every."""
     checkpoint_storage: str | None = None
     """Directory of this run's checkpoints in an object store, s3://bucket/path or gs://bucket/path; none: in run_dir.
     A store that is not Amazon's or Google's own: see corpus.storage_endpoint."""
@@ -348,6 +349,17 @@ class TrainConfig(Section):
             wrong.append("train.offload_checkpoints = true needs train.gradient_checkpointing = true, which makes them")
         if wrong:
             raise ValueError("; ".join(wrong))
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> TrainConfig:
+        every = self.heldout_every
+        if self.keep_best and (not every or self.checkpoint_every % every):
+            raise ValueError(
+                f"train.keep_best = true needs the held-out loss at each checkpoint, and train.heldout_every = {every} "
+                f"does not measure it there: set train.heldout_every={self.checkpoint_every}, or another divisor of "
+                "train.checkpoint_every"
+            )
         return self
 
     @field_validator("num_workers", mode="before")
@@ -533,6 +545,24 @@ class RunConfig(Section):
                 f"packing.packs_per_step = {packs} is no multiple of {fitting[0]}, the ranks of train.sp_degree = "
                 f"{degree} that share a pack of data.max_length = {longest} tokens: set it to a multiple of "
                 f"{fitting[0]}, such as {-(-packs // fitting[0]) * fitting[0]}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_by_something(self) -> RunConfig:
+        if self.train.keep_best and not (self.data.heldout_fraction and self.data.max_heldout):
+            raise ValueError(
+                "train.keep_best = true needs held-out examples, and data.heldout_fraction = "
+                f"{self.data.heldout_fraction} with data.max_heldout = {self.data.max_heldout} keeps none: raise them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kernels_of_the_gpu(self) -> RunConfig:
+        if self.train.use_gpu and self.model.dtype == "float32":
+            raise ValueError(
+                "model.dtype = float32 is not for train.use_gpu = true, whose attention kernels take bfloat16 alone: "
+                "set model.dtype=bfloat16 (master weights stay in float32)"
             )
         return self
 

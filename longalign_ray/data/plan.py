@@ -104,7 +104,7 @@ class StepPlan:
         return imbalance(self.slot_costs(), self.balance)
 
     def time_over_ideal(self) -> float:
-        """Time of all steps over their time if all groups shared each step's work evenly: heavy steps count for more."""
+        """Time of all steps over their time if all groups shared each step's work evenly: by time, not by step."""
         costs = self.slot_costs()
         return float(step_times(costs, self.balance).sum() / (costs.sum() / self.shape[2]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -106,13 +107,27 @@ class TrainEngine:
         self._engine.backward(weighted_sum * backward_scale(self.world_size, step_total), scale_wrt_gas=False)
         return weighted_sum.detach().float() / (step_total or 1.0)
 
-    def step(self, learning_rate: float) -> float:
-        """Clips, updates the weights and clears the gradients; returns the gradient norm before clipping."""
+    def step(self, learning_rate: float) -> float | None:
+        """Clips, updates the weights and clears the gradients; returns the gradient norm before clipping.
+
+        inf where it is not finite: DeepSpeed then updates nothing, or makes every weight a NaN. None: not told.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        own = self._whole_norm()
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        norm = own if own is not None else self._engine.get_global_grad_norm()
+        if norm is None:
+            return None
+        norm = float(norm)
+        return norm if 0 <= norm < math.inf else math.inf  # DeepSpeed has -1 for some that are not finite
+
+    def _whole_norm(self) -> float | None:
+        """Of the gradients of ZeRO-0 in fp32, which DeepSpeed does not tell: every rank has all of them, averaged."""
+        if self._engine.zero_optimization_stage() or self._engine.bfloat16_enabled():
+            return None
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).item()
 
     def full_gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         """The whole averaged gradient of a parameter between backward and step, in every ZeRO stage (collective)."""

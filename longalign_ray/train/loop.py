@@ -26,14 +26,15 @@ from longalign_ray.train.throughput import StepClock, mfu, peak_flops, step_flop
 class StepMetrics:
     """One row of metrics.jsonl. Sums and the loss are over all ranks; seconds are those of the step alone.
 
-    `rank_imbalance` is what the plan predicts, `seen_imbalance` the same by the clock, None where it cannot be seen;
-    `mfu` is None where the device's peak is not known; `data_seconds`: the longest that a rank waited for its packs.
+    `rank_imbalance` is what the plan predicts, `seen_imbalance` the same by the clock. None: `seen_imbalance`
+    where it cannot be seen, `grad_norm` where DeepSpeed does not tell it, `mfu` where the device's peak is not known.
+    `data_seconds`: the longest that a rank waited for its packs.
     """
 
     step: int
     epoch: int
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     learning_rate: float
     num_tokens: int
     num_targets: int
@@ -69,7 +70,8 @@ def train_loop(
 
     `on_step` gets the metrics, `on_checkpoint` the number of finished steps; both are called on every rank.
     `recent_losses` are those of the steps before first_step; traces of `profile_steps` go to `profile_dir`.
-    Raises LongAlignError, on every rank, where the loss is no longer a number or leaps by more than `max_loss_ratio`.
+    Raises LongAlignError, on every rank, where loss or gradient are no longer numbers, or the loss leaps by more
+    than `max_loss_ratio`.
     """
     plan = packs.plan
     group, (num_steps, micro_steps, _) = engine.sequence_group, plan.shape
@@ -105,6 +107,7 @@ def train_loop(
             minimum=config.min_learning_rate,
         )
         grad_norm = engine.step(rate)
+        watch.check_gradient(step, grad_norm)  # before a checkpoint holds what it did
         seconds = time.perf_counter() - started
         profiler.stop(step, is_last=step + 1 == num_steps)
         measured = None

@@ -1,4 +1,7 @@
-"""Stops a run whose loss is no longer a number, or leaps: with the step, the rank and the examples that it saw."""
+"""Stops a run whose loss or gradient is no longer a number, or whose loss leaps.
+
+With the step, the rank and the examples that it saw.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class LossWatch:
         loss = float(shares_R.sum())
         if not math.isfinite(loss):
             ranks = np.flatnonzero(~np.isfinite(shares_R)).tolist() or list(range(len(shares_R)))
-            raise LongAlignError(self._describe(step, f"is {loss}: not finite", ranks))
+            raise LongAlignError(self._describe("loss", step, f"is {loss}: not finite", ranks))
         if self.max_ratio is not None and len(self.recent) >= MIN_STEPS:
             usual = median(self.recent)
             if loss > self.max_ratio * usual:
@@ -39,11 +42,20 @@ class LossWatch:
                     f"is {loss:.4g}, more than train.max_loss_ratio = {self.max_ratio:g} times {usual:.4g}, the median "
                     f"of the {len(self.recent)} steps before: the largest share"
                 )
-                raise LongAlignError(self._describe(step, what, [int(shares_R.argmax())]))
+                raise LongAlignError(self._describe("loss", step, what, [int(shares_R.argmax())]))
         self.recent.append(loss)
         return loss
 
-    def _describe(self, step: int, what: str, ranks: list[int]) -> str:
+    def check_gradient(self, step: int, norm: float | None) -> None:
+        """Raises LongAlignError where the norm of the step's whole gradient is known, and not finite.
+
+        The weights are lost then, or DeepSpeed has left out the update. Whose part it was cannot be told any more.
+        """
+        if norm is not None and not math.isfinite(norm):
+            what = f"is {norm}: not finite, though the loss is,"
+            raise LongAlignError(self._describe("gradient norm", step, what, list(range(self.packs.plan.world_size))))
+
+    def _describe(self, name: str, step: int, what: str, ranks: list[int]) -> str:
         plan = self.packs.plan
         examples = [
             f"rank {rank}, micro-step {micro_step}: {', '.join(pack.example_ids)}"
@@ -52,7 +64,7 @@ class LossWatch:
             if (pack := self.packs.pack(step, micro_step, rank // plan.sp_degree)) is not None
         ]
         return (
-            f"the loss of step {step} {what} on rank {', '.join(map(str, ranks))} of {plan.world_size}, whose examples "
-            f"were {'; '.join(examples)}. Lower train.learning_rate, or look at these examples; the last checkpoint is "
-            "from before this step"
+            f"the {name} of step {step} {what} on rank {', '.join(map(str, ranks))} of {plan.world_size}, whose "
+            f"examples were {'; '.join(examples)}. Lower train.learning_rate, or look at these examples; the last "
+            "checkpoint is from before this step"
         )

@@ -19,7 +19,7 @@ from longalign_ray.logs import MetricsWriter, progress, read_metrics
 from longalign_ray.run_dir import RunDir
 from longalign_ray.train.checkpoint import TrainState
 from longalign_ray.train.checkpoint_store import CheckpointStore
-from longalign_ray.train.failures import explain
+from longalign_ray.train.failures import Kind, explain, kind_of
 from longalign_ray.train.memory import CPU_ALLOCATOR
 from longalign_ray.train.ray_checkpoints import Uploads, checkpoint_store, pruning
 from longalign_ray.train.sinks import Sinks, check_installed, open_sinks
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> str:
     """Trains to the end of the plan, resuming from the newest whole checkpoint; returns the path of the last one.
 
-    Raises LongAlignError where the worker group failed more than `train.max_failures` times, CheckpointError where the
-    checkpoints there are cannot continue this run.
+    Raises LongAlignError where a rank refuses to go on, or the ranks failed more than `train.max_failures` times;
+    CheckpointError where the checkpoints there are cannot continue this run.
     """
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
@@ -76,7 +76,10 @@ def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> str:
             failure_config=FailureConfig(max_failures=config.train.max_failures),
             # glibc reads it when a process starts, so it cannot be set by the worker itself
             worker_runtime_env={} if config.train.use_gpu else {"env_vars": CPU_ALLOCATOR},
-            callbacks=[pruning(store, keep=config.train.keep_checkpoints, keep_best=config.train.keep_best)],
+            callbacks=[
+                pruning(store, keep=config.train.keep_checkpoints, keep_best=config.train.keep_best),
+                _refusals(config),
+            ],
         ),
     )
     with _watched_metrics(run_dir.metrics, plan.num_steps):
@@ -84,11 +87,28 @@ def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> str:
             trainer.fit()
         except Exception as error:  # Ray wraps a worker's error in one of several types of its own
             failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
-            raise LongAlignError(f"training failed: {explain(failures, config) if failures else error}") from error
+            told = explain(failures, config) if failures else getattr(error, "controller_failure", error)
+            raise LongAlignError(f"training failed: {told}") from error
     last = store.newest(checksums=False)
     if last is None:
         raise LongAlignError("training ended without a checkpoint; see the log of the workers above")
     return store.path_of(last.name)
+
+
+def _refusals(config: RunConfig) -> Any:
+    """What Ray Train calls when ranks failed: ends the run where one raised a LongAlignError, which would come again.
+
+    Ray itself would start the ranks anew up to `train.max_failures` times, whatever they failed of. An error of a
+    callback it does not try again.
+    """
+    from ray.train import UserCallback
+
+    class Refusals(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            if any(kind_of(error) is Kind.REFUSED for error in worker_exceptions.values()):
+                raise LongAlignError(explain(worker_exceptions, config))
+
+    return Refusals()
 
 
 def _train_worker(settings: dict[str, Any]) -> None:
@@ -257,9 +277,9 @@ def _watched_metrics(path: Path, num_steps: int, *, poll_seconds: float = 1.0) -
 
 
 def _step_line(row: dict[str, Any]) -> str:
-    seen, mfu = row.get("seen_imbalance"), row.get("mfu")
+    seen, mfu, norm = row.get("seen_imbalance"), row.get("mfu"), row["grad_norm"]
     return (
-        f"loss {row['loss']:.4f}  grad norm {row['grad_norm']:.2f}  lr {row['learning_rate']:.2e}  "
+        f"loss {row['loss']:.4f}  {'' if norm is None else f'grad norm {norm:.2f}  '}lr {row['learning_rate']:.2e}  "
         f"{row['tokens_per_second']:,.0f} tokens/s  {'' if mfu is None else f'MFU {mfu:.1%}  '}"
         f"imbalance {row['rank_imbalance']:.3f}{'' if seen is None else f', seen {seen:.3f}'}  "
         f"data wait {row.get('data_seconds', 0.0) / row['seconds']:.1%}  {row['max_memory_gb']:.1f} GB a rank"
@@ -267,9 +287,12 @@ def _step_line(row: dict[str, Any]) -> str:
 
 
 def _heldout_line(row: dict[str, Any]) -> str:
-    by_length = ", ".join(f"{bucket} {loss:.4f}" for bucket, loss in row["heldout_by_length"].items())
+    def told(loss: float | None) -> str:
+        return "not finite" if loss is None else f"{loss:.4f}"
+
+    by_length = ", ".join(f"{bucket} {told(loss)}" for bucket, loss in row["heldout_by_length"].items())
     return (
-        f"held-out loss {row['heldout_loss']:.4f} ({by_length}), by tokens {row['heldout_token_loss']:.4f}  "
+        f"held-out loss {told(row['heldout_loss'])} ({by_length}), by tokens {told(row['heldout_token_loss'])}  "
         f"{row['heldout_seconds']:.1f} s"
     )
 

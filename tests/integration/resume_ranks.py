@@ -84,7 +84,8 @@ def run(stage: Stage, directory: Path, *, last_step: int, save_after: tuple[int,
             batch = to_batch(pack(step, number * world_size + rank), loss="sequence")
             loss += engine.forward_backward(batch, step_total=PACKS_PER_STEP, last=number == micro_steps - 1)
         grad_norm = engine.step(1e-2 / (step + 1))
-        rows.append((step, all_reduce_sum(loss).item(), grad_norm if stage else 0.0))
+        assert grad_norm is not None
+        rows.append((step, all_reduce_sum(loss).item(), grad_norm))
         if step + 1 in save_after:
             save(engine, store, TrainState(step + 1, 0, "plan", world_size, stage))
     return rows

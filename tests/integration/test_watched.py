@@ -63,6 +63,15 @@ def test_each_rank_leaves_a_trace_of_the_step_asked_for(ranks: list[dict[str, An
 
 
 def test_a_loss_that_is_no_number_on_one_rank_stops_both(ranks: list[dict[str, Any]]) -> None:
-    assert ranks[0]["message"] == ranks[1]["message"]
+    assert ranks[0]["messages"] == ranks[1]["messages"]
     expected = "the loss of step 1 is nan: not finite on rank 1 of 2, whose examples were rank 1, micro-step 0: e"
-    assert ranks[0]["message"].startswith(expected)
+    assert ranks[0]["messages"]["loss-3"].startswith(expected)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_gradient_that_is_no_number_stops_though_the_loss_is_one(ranks: list[dict[str, Any]], stage: int) -> None:
+    """DeepSpeed itself would go on: without an update, or in ZeRO-0 with weights that are no numbers."""
+    expected = (
+        "the gradient norm of step 1 is inf: not finite, though the loss is, on rank 0, 1 of 2, whose examples were"
+    )
+    assert ranks[0]["messages"][f"gradient-{stage}"].startswith(expected)

@@ -28,6 +28,8 @@ from longalign_ray.train.loop import StepMetrics, train_loop
 CAPACITY = 64
 HELDOUT = {1: 0.3, 4: 1.0, 6: 0.0, 9: 0.1, 11: 0.7, 14: 0.9, 17: 0.5}  # row: share of targets
 
+SPOILT = (("loss", 3), ("gradient", 3), ("gradient", 1), ("gradient", 0))
+
 
 def write_training(directory: Path, *, world_size: int) -> PackReader:
     """The packs of twenty examples of 2 to 60 tokens, of which seven are held out, one of those without a target."""
@@ -110,20 +112,28 @@ def reference(packs: PackReader, state: dict[str, torch.Tensor] | None = None) -
     }
 
 
-def train(packs: PackReader, directory: Path, **settings: Any) -> tuple[list[dict[str, Any]], Any]:
-    """(rows, engine) of a run with ZeRO-3."""
+def train(
+    packs: PackReader, directory: Path, *, spoilt: str = "", zero_stage: Any = 3, **settings: Any
+) -> tuple[list[dict[str, Any]], Any]:
+    """(rows, engine) of a run; from step 1 on rank 1's loss is a NaN, or its gradient is infinite, if `spoilt`."""
     from longalign_ray.train.engine import TrainEngine
     from longalign_ray.train.model import prepare_model
 
-    config = TrainConfig(zero_stage=3, learning_rate=0.01, checkpoint_every=100, **settings)
+    config = TrainConfig(zero_stage=zero_stage, learning_rate=0.01, checkpoint_every=100, **settings)
     model = prepare_model(build(torch.float32, packed=True), gradient_checkpointing=True, head_chunk=8)
     engine = TrainEngine(model, config, dtype="float32", micro_steps=packs.plan.shape[1])
     rows: list[dict[str, Any]] = []
 
     def on_step(metrics: StepMetrics) -> None:
         rows.append(metrics.row())
-        if settings.get("max_loss_ratio") and len(rows) == 1 and dist.get_rank() == 1:
-            engine.module.register_forward_hook(lambda *results: results[2] * float("nan"))
+        if len(rows) == 1 and dist.get_rank() == 1:
+            if spoilt == "loss":
+                engine.module.register_forward_hook(lambda *results: results[2] * float("nan"))
+            if spoilt == "gradient":
+                head = engine.module.model.lm_head
+                head.register_forward_pre_hook(
+                    lambda _, given: given[0].register_hook(lambda g: g * float("inf")) and None
+                )
 
     train_loop(engine, packs, config, on_step=on_step, profile_dir=directory / "profile")
     return rows, engine
@@ -140,12 +150,13 @@ def main(directory: Path) -> dict[str, Any]:
         named = engine.module.named_parameters()
         state = {name.removeprefix("model."): parameter.detach().double().clone() for name, parameter in named}
     without, _ = train(packs, directory, heldout_every=0)
-    try:
-        train(packs, directory, heldout_every=0, max_loss_ratio=100)
-        message = ""
-    except LongAlignError as error:
-        message = str(error)
-    return {"rows": rows, "without": without, "message": message, "reference": reference(packs, state)}
+    messages = {}
+    for spoilt, zero_stage in SPOILT:
+        try:
+            train(packs, directory, heldout_every=0, spoilt=spoilt, zero_stage=zero_stage)
+        except LongAlignError as error:
+            messages[f"{spoilt}-{zero_stage}"] = str(error)
+    return {"rows": rows, "without": without, "messages": messages, "reference": reference(packs, state)}
 
 
 if __name__ == "__main__":

@@ -135,6 +135,33 @@ def test_context_extension_names_what_is_missing(tmp_path: Path, rope: str, mess
     assert message in only
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["train.heldout_every=null"],
+            "train.heldout_every = None does not measure it there: set train.heldout_every=10",
+        ),
+        (["train.heldout_every=0"], "train.heldout_every = 0 does not"),
+        (["train.heldout_every=3"], "train.heldout_every = 3 does not"),
+        (
+            ["data.heldout_fraction=0"],
+            "train.keep_best = true needs held-out examples, and data.heldout_fraction = 0.0",
+        ),
+        (["data.max_heldout=0"], "data.max_heldout = 0 keeps none: raise them"),
+        (["train.use_gpu=true", "model.dtype=float32"], "model.dtype = float32 is not for train.use_gpu = true"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_or_fail_late_is_refused(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    recipe = write(tmp_path, "run_dir: a\ntrain: {keep_best: true, heldout_every: 5, checkpoint_every: 10}\n")
+    for fine in ([], ["train.use_gpu=true"], ["model.dtype=float32"], ["train.keep_best=false", "data.max_heldout=0"]):
+        load_config(recipe, fine)
+    [only] = problems(recipe, *overrides)
+    assert message in only
+
+
 def test_a_rule_across_fields_is_reported_once_and_not_about_a_wrong_field(tmp_path: Path) -> None:
     recipe = write(tmp_path, "run_dir: a\npacking: {capacity: 1024}\n")
     assert len(problems(recipe)) == 1

@@ -32,6 +32,14 @@ def test_rows_are_on_disk_as_soon_as_they_are_written(tmp_path: Path) -> None:
     writer.close()
 
 
+def test_numbers_that_json_does_not_have_are_null(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    writer.write({"step": 0, "loss": float("nan"), "by_length": {"0-4k": float("inf"), "4-8k": 1.5}})
+    writer.close()
+    text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert text == '{"step": 0, "loss": null, "by_length": {"0-4k": null, "4-8k": 1.5}}\n'
+
+
 def test_half_written_line_of_a_killed_writer_is_no_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 1, "lo', encoding="utf-8")

@@ -72,3 +72,14 @@ def test_only_the_last_steps_count() -> None:
         watched.check(step, shares(1, 0))
     with pytest.raises(LongAlignError, match=f"times 1, the median of the {WINDOW} steps before"):
         watched.check(WINDOW, shares(3, 0))
+
+
+def test_a_gradient_that_is_not_finite_stops_with_all_examples_of_the_step() -> None:
+    watched = watch(None)
+    for fine in (None, 0.0, 1e30):
+        watched.check_gradient(7, fine)
+    with pytest.raises(LongAlignError) as error:
+        watched.check_gradient(7, float("inf"))
+    message = str(error.value)
+    assert "the gradient norm of step 7 is inf: not finite, though the loss is, on rank 0, 1 of 2" in message
+    assert "rank 0, micro-step 0: a700, b700; rank 0, micro-step 1: a710, b710; rank 1, micro-step 0: a701" in message
