@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,6 +63,37 @@ def quiet_deepspeed() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
+def _import_deepspeed() -> Any:
+    quiet_deepspeed()
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        # The shared-memory collectives would be compiled at the first run; gloo needs no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+@contextmanager
+def sharded_loading(config: TrainConfig, *, dtype: str) -> Iterator[None]:
+    """In ZeRO-3, a model that transformers loads in here is divided over the ranks weight by weight (collective).
+
+    DeepSpeed would else move the whole of it to every GPU before it divides it: 141 GB of a 70B model in bf16. Rank 0
+    reads the files, mapped into memory; every rank keeps its share of each weight. Needs a process group.
+    """
+    if config.zero_stage < 3:
+        yield
+        return
+    _import_deepspeed()
+    from transformers.integrations import HfDeepSpeedConfig
+
+    loading = HfDeepSpeedConfig(deepspeed_config(config, dtype=dtype, micro_steps=1))
+    try:
+        yield
+    finally:
+        del loading  # transformers knows of it as long as it lives
+
+
 class TrainEngine:
     """One rank of a data-parallel world under DeepSpeed. Needs an initialised process group.
 
@@ -70,15 +103,9 @@ class TrainEngine:
     def __init__(
         self, model: PackedLM, config: TrainConfig, *, dtype: str, micro_steps: int, load_universal: bool = False
     ):
-        quiet_deepspeed()
-        import deepspeed
-
+        deepspeed = _import_deepspeed()
         check_model(model.model.config, config.sp_degree)
         self.sequence_group = join_groups(config.sp_degree, num_heads=model.model.config.num_attention_heads)
-        if not torch.cuda.is_available():
-            # The shared-memory collectives would be compiled at the first run; gloo needs no compiler.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if config.tiled_mlp:
             # Gathered whole: ranks have packs of other lengths, and would gather another number of times.
             for mlp in plain_mlps(model):

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -25,14 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import distributed as dist
 
-from longalign_ray.config import TrainConfig
+from longalign_ray.config import AdapterConfig, RopeConfig, TrainConfig
 from longalign_ray.data.store import Example, Pack
 from longalign_ray.errors import ModelError
 from longalign_ray.train import attention
+from longalign_ray.train.adapters import add_adapter
 from longalign_ray.train.batch import PackedBatch, dummy_pack, to_batch
-from longalign_ray.train.engine import TrainEngine, all_reduce_sum, quiet_deepspeed
+from longalign_ray.train.engine import TrainEngine, all_reduce_sum, quiet_deepspeed, sharded_loading
 from longalign_ray.train.loss import LossKind, backward_scale
-from longalign_ray.train.model import PackedLM, prepare_model, verify_isolation
+from longalign_ray.train.model import PackedLM, load_for_training, prepare_model, verify_isolation, verify_loss
 from longalign_ray.train.schedule import learning_rate
 from longalign_ray.train.sequence_parallel import join_groups
 
@@ -233,6 +234,39 @@ def reference_curve() -> list[float]:
     return losses
 
 
+def load_two_ways(directory: Path) -> dict[str, Any]:
+    """Of a model loaded whole and of one divided as it is read: the numbers that a rank then holds, and three losses.
+
+    The second goes on with the first one's checkpoint of the first step.
+    """
+    if dist.get_rank() == 0:
+        build("llama", torch.bfloat16, packed=False).save_pretrained(directory / "model", max_shard_size="5KB")
+    dist.barrier()
+    config = TrainConfig(zero_stage=3, tiled_mlp=True, offload_parameters=True, adapter=AdapterConfig(rank=2))
+    rope = RopeConfig(scaling="yarn", factor=4, window=8_192)
+    made: dict[str, Any] = {}
+    for way, loading in {"whole": nullcontext(), "divided": sharded_loading(config, dtype="bfloat16")}.items():
+        with loading:
+            model = load_for_training(directory / "model", dtype="bfloat16", config=config, rope=rope)
+        held = sum(parameter.numel() for parameter in model.parameters())
+        assert config.adapter is not None
+        add_adapter(model, config.adapter, seed=0)
+        engine, losses = TrainEngine(model, config, dtype="bfloat16", micro_steps=1), []
+        for verify in (verify_isolation, verify_loss):
+            verify(engine.module, vocab_size=64, device="cpu")
+        if way == "divided":
+            engine.load(directory / "checkpoint")
+            losses = made["whole"]["losses"][:1]
+        for step in range(len(losses), 3):
+            batch = to_batch(Pack.of(slots(2)[dist.get_rank()]), loss="sequence")
+            losses.append(all_reduce_sum(engine.forward_backward(batch, step_total=NUM_SEQUENCES, last=True)).item())
+            engine.step(1e-2)
+            if step == 0 and way == "whole":
+                engine.save(directory / "checkpoint")
+        made[way] = {"held": held, "losses": losses}
+    return made
+
+
 def leaks_found() -> int:
     """Ranks on which verify_isolation complains of a kernel that takes a whole pack for one sequence."""
 
@@ -257,6 +291,7 @@ def run_rank(rank: int, world_size: int, port: int, cases: list[Case], results: 
     made: dict[str, Any] = {"errors": [step_error(case) for case in cases], "leaks_found": leaks_found()}
     if world_size == 2:
         made["curve"] = loss_curve()
+        made["loaded"] = load_two_ways(results.parent)
     if rank == 0:
         results.write_text(json.dumps(made), encoding="utf-8")
     dist.destroy_process_group()

@@ -83,6 +83,15 @@ def test_a_loss_curve_is_that_of_one_sequence_at_a_time(results: Results) -> Non
     assert curve[::10] == pytest.approx(GOLDEN, rel=1e-3)
 
 
+def test_zero_3_divides_a_model_as_it_is_read(results: Results) -> None:
+    """With an adapter, another RoPE, tiled MLPs, and the checkpoint of a run that had loaded it whole."""
+    whole, divided = results[2]["loaded"]["whole"], results[2]["loaded"]["divided"]
+    assert divided["held"] == 0  # each weight is its share of it and a placeholder
+    assert whole["held"] > 10_000
+    assert divided["losses"] == whole["losses"]
+    assert len(set(whole["losses"])) == 3
+
+
 @pytest.mark.parametrize("world_size", CASES)
 def test_some_parts_have_no_targets(results: Results, world_size: int) -> None:
     """Else the cases above would not show that they are fine."""
