@@ -7,15 +7,18 @@ at a time in fp64 by plain transformers, and whether the probe for leaks between
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -32,15 +35,18 @@ from longalign_ray.train import attention
 from longalign_ray.train.adapters import add_adapter
 from longalign_ray.train.batch import PackedBatch, dummy_pack, to_batch
 from longalign_ray.train.engine import TrainEngine, all_reduce_sum, quiet_deepspeed, sharded_loading
-from longalign_ray.train.loss import LossKind, backward_scale
+from longalign_ray.train.loss import LossKind, backward_scale, step_totals
 from longalign_ray.train.model import PackedLM, load_for_training, prepare_model, verify_isolation, verify_loss
 from longalign_ray.train.schedule import learning_rate
-from longalign_ray.train.sequence_parallel import join_groups
+from longalign_ray.train.sequence_parallel import ALONE, SequenceGroup, join_groups
+from tests.unit.train.test_loss import index_of, plan_of
+
+Stage = Literal[0, 1, 2, 3] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    zero_stage: Literal[0, 1, 2, 3] | None
+    zero_stage: Stage
     """None: without DeepSpeed, which refuses gradients in fp64."""
     family: str = "llama"
     sp_degree: int = 1
@@ -71,14 +77,20 @@ EXAMPLES = [
     example(12, first_target=12),  # nor has this
     example(43, first_target=20, share=0.6),
 ]
+SUMS = [one.sum_weights for one in EXAMPLES]  # N_i
 NUM_SEQUENCES = 5  # those with a target
 CURVE_STEPS = 30
 
 
-def slots(number: int) -> list[list[Example]]:
-    """Three, one and two sequences; the last slot takes what is left, and those beyond it idle."""
-    cuts = [0, 3, 4, 6][:number] + [6] * max(number - 3, 1)
-    return [EXAMPLES[first:last] for first, last in zip(cuts, [*cuts[1:], 6], strict=True)][:number]
+def slots(number: int) -> list[list[int]]:
+    """Rows of EXAMPLES: three, one, one without a target, and one; the last slot of fewer takes the rest; more idle."""
+    cuts = [0, 3, 4, 5][:number] + [6] * max(number - 4, 0)
+    return [list(range(first, last)) for first, last in zip(cuts, [*cuts[1:], 6], strict=True)]
+
+
+def batch_of(slot: list[int], loss: LossKind, group: SequenceGroup = ALONE) -> PackedBatch:
+    pack = Pack.of([EXAMPLES[row] for row in slot]) if slot else dummy_pack()
+    return to_batch(pack, loss=loss, sequence_group=group)
 
 
 def build(family: str, dtype: torch.dtype, *, packed: bool) -> Any:
@@ -110,22 +122,31 @@ def build(family: str, dtype: torch.dtype, *, packed: bool) -> Any:
 
 
 @lru_cache
-def reference(family: str, loss: LossKind) -> tuple[float, dict[str, torch.Tensor]]:
+def reference(family: str, factors: tuple[float, ...]) -> tuple[float, dict[str, torch.Tensor]]:
     model = build(family, torch.float64, packed=False)
-    total = mean_loss(model, loss)
+    total = weighted_loss(model, factors)
     total.backward()
     return total.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def mean_loss(model: Any, loss: LossKind) -> torch.Tensor:
-    """Over all examples, one after the other."""
+def weighted_loss(model: Any, factors: tuple[float, ...]) -> torch.Tensor:
+    """Each example's weighted sum of token losses, one example after the other, times its factor."""
     total = torch.zeros((), dtype=torch.float64)
-    for one in EXAMPLES:
+    for one, factor in zip(EXAMPLES, factors, strict=True):
         ids, weights = torch.tensor(one.input_ids, dtype=torch.int64), torch.tensor(one.loss_weight[1:] / 100)
         losses = F.cross_entropy(model(ids[None], use_cache=False).logits[0, :-1], ids[1:], reduction="none")
-        if one.num_targets:
-            total = total + (losses * weights).sum() / (weights.sum() if loss == "sequence" else 1)
-    return total / (NUM_SEQUENCES if loss == "sequence" else sum(one.sum_weights for one in EXAMPLES))
+        total = total + (losses * weights).sum() * factor
+    return total
+
+
+def shares(loss: LossKind, packs: list[list[int]]) -> tuple[float, tuple[float, ...]]:
+    """What a step's weights sum to, and each example's factor in `weighted_loss`, by the definition of the loss."""
+    targets = [sum(SUMS[row] for row in rows) for rows in packs]  # of each pack
+    num_packs, num_sequences = sum(n > 0 for n in targets), sum(n > 0 for n in SUMS)
+    total = {"sequence": num_sequences, "token": sum(SUMS), "pack": num_packs, "sqrt": sum(n**0.5 for n in SUMS)}[loss]
+    own_pack = [n for rows, n in zip(packs, targets, strict=True) for _ in rows]
+    divisors = {"sequence": SUMS, "token": [1.0] * len(SUMS), "pack": own_pack, "sqrt": [n**0.5 for n in SUMS]}[loss]
+    return total, tuple(1 / divisor / total if divisor else 0.0 for divisor in divisors)
 
 
 class AveragedEngine:
@@ -173,14 +194,17 @@ def step_error(case: Case) -> dict[str, float]:
     group = engine.sequence_group
     verify_isolation(engine.module, vocab_size=64, device="cpu", sequence_group=group)
     num_groups = dist.get_world_size() // case.sp_degree
-    step_total = NUM_SEQUENCES if case.loss == "sequence" else sum(one.sum_weights for one in EXAMPLES)
+    packs = slots(num_groups * case.micro_steps)
+    sums = np.array(SUMS)
+    plan = plan_of(packs, micro_steps=case.micro_steps, groups=num_groups, sums=sums)
+    step_total = float(step_totals(plan, index_of(sums), case.loss)[0])
     loss, idle_parts = torch.zeros((), dtype=torch.float64), torch.zeros(())
-    for number, slot in enumerate(slots(num_groups * case.micro_steps)[group.number :: num_groups]):
-        pack = Pack.of(slot) if slot else dummy_pack()
-        batch = to_batch(pack, loss=case.loss, sequence_group=group)
+    for number, slot in enumerate(packs[group.number :: num_groups]):
+        batch = batch_of(slot, case.loss, group)
         idle_parts += len(slot) > 0 and not batch.weights_N.any()
         loss += engine.forward_backward(batch, step_total=step_total, last=number == case.micro_steps - 1)
-    expected_loss, expected = reference(case.family, case.loss)
+    wanted_total, factors = shares(case.loss, packs)
+    expected_loss, expected = reference(case.family, factors)
     squared_error = squared_norm = 0.0
     for name, parameter in engine.module.named_parameters():
         gradient = engine.full_gradient(parameter)
@@ -194,6 +218,7 @@ def step_error(case: Case) -> dict[str, float]:
         "gradient": (squared_error / squared_norm) ** 0.5,
         "loss": abs(all_reduce_sum(loss).item() - expected_loss),
         "norm": abs(grad_norm - squared_norm**0.5) / squared_norm**0.5,
+        "total": abs(step_total - wanted_total),
         "idle_parts": all_reduce_sum(idle_parts).item(),
     }
 
@@ -212,7 +237,7 @@ def loss_curve() -> list[float]:
     for step in range(CURVE_STEPS):
         loss = torch.zeros(())
         for number, slot in enumerate(slots(2 * dist.get_world_size())[dist.get_rank() :: dist.get_world_size()]):
-            batch = to_batch(Pack.of(slot) if slot else dummy_pack(), loss="sequence")
+            batch = batch_of(slot, "sequence")
             loss += engine.forward_backward(batch, step_total=NUM_SEQUENCES, last=number == 1)
         engine.step(curve_rate(step))
         losses.append(all_reduce_sum(loss).item())
@@ -222,9 +247,10 @@ def loss_curve() -> list[float]:
 def reference_curve() -> list[float]:
     """The same by plain transformers and torch, one sequence at a time."""
     model, losses = build("llama", torch.float64, packed=False), []
+    _, factors = shares("sequence", slots(1))
     optimizer = torch.optim.AdamW(model.parameters(), betas=CURVE.betas, weight_decay=CURVE.weight_decay)
     for step in range(CURVE_STEPS):
-        total = mean_loss(model, "sequence")
+        total = weighted_loss(model, factors)
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CURVE.max_grad_norm)
         optimizer.param_groups[0]["lr"] = curve_rate(step)
@@ -258,7 +284,7 @@ def load_two_ways(directory: Path) -> dict[str, Any]:
             engine.load(directory / "checkpoint")
             losses = made["whole"]["losses"][:1]
         for step in range(len(losses), 3):
-            batch = to_batch(Pack.of(slots(2)[dist.get_rank()]), loss="sequence")
+            batch = batch_of(slots(2)[dist.get_rank()], "sequence")
             losses.append(all_reduce_sum(engine.forward_backward(batch, step_total=NUM_SEQUENCES, last=True)).item())
             engine.step(1e-2)
             if step == 0 and way == "whole":
@@ -312,10 +338,22 @@ def run_world(world_size: int, cases: list[Case], results: Path) -> None:
         raise SystemExit(1)
 
 
+def import_all(cases: Iterable[Case]) -> None:
+    """What the ranks would each import: transformers' models, and torch's compiler, which DeepSpeed's Muon asks for.
+
+    ZeRO-3 collects garbage for each engine: a quarter of a second over what is imported, unless that is frozen.
+    """
+    quiet_deepspeed()
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+    for family in {case.family for case in cases}:
+        build(family, torch.float32, packed=True)
+    gc.freeze()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    quiet_deepspeed()
-    import deepspeed  # noqa: F401
-
-    for number, cases in json.loads(sys.argv[1]).items():
-        run_world(int(number), [Case(**case) for case in cases], Path(sys.argv[2]) / f"{number}.json")
+    asked = {int(number): [Case(**case) for case in cases] for number, cases in json.loads(sys.argv[1]).items()}
+    import_all(chain.from_iterable(asked.values()))
+    for number, cases in asked.items():
+        run_world(number, cases, Path(sys.argv[2]) / f"{number}.json")
