@@ -15,10 +15,10 @@ import numpy as np
 
 from longalign_ray.config_load import load_config
 from longalign_ray.data.cost import LLAMA_2_7B, sequence_cost
-from longalign_ray.data.make_plan import PlanSettings
+from longalign_ray.data.make_plan import GROUP, PlanSettings
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.plan_file import PlanWriter
-from longalign_ray.data.plan_groups import GROUP, GroupPlan, plan_groups, seeded_rows
+from longalign_ray.data.plan_groups import GroupPlan, plan_groups, seeded_rows
 from longalign_ray.data.plan_score import PlanScore, score, warm_up
 from longalign_ray.errors import ConfigError, LongAlignError
 from longalign_ray.plan_memory import Forecast, Times, as_json, as_text, forecast, levers_of_recipe, times

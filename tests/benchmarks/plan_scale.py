@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from longalign_ray.data.cost import LLAMA_2_7B
-from longalign_ray.data.make_plan import PlanSettings
+from longalign_ray.data.make_plan import GROUP, PlanSettings
 from longalign_ray.data.plan_file import PlanWriter
-from longalign_ray.data.plan_groups import GROUP, plan_groups
+from longalign_ray.data.plan_groups import plan_groups
 from longalign_ray.data.plan_score import score, warm_up
 from tests.unit.data.mixes import long_context_mix
 
@@ -42,7 +42,7 @@ def peak_bytes() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--number", type=int, default=5_000_000)
+    parser.add_argument("--number", type=int, default=100_000_000)
     parser.add_argument("--strategy", default="deal")
     parser.add_argument("--world-size", type=int, default=64)
     parser.add_argument("--sp", type=int, default=2)
