@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -140,7 +141,7 @@ class StepPlan:
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        arrays = {name: np.asarray(getattr(self, name)) for name in (*ARRAYS, *SCALARS)}
+        arrays: dict[str, Any] = {name: np.asarray(getattr(self, name)) for name in (*ARRAYS, *SCALARS)}
         arrays["cost"] = np.array([self.cost.linear, self.cost.quadratic])
         with temporary.open("wb") as file:
             np.savez_compressed(file, checksum=np.array(_checksum(arrays)), **arrays)
