@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from longalign_ray.errors import LongAlignError
+from longalign_ray.errors import ConfigError, LongAlignError
 from longalign_ray.logs import configure_logging
 
 logger = logging.getLogger(__name__)
@@ -139,6 +139,8 @@ def _dry_run(arguments: argparse.Namespace) -> int:
     from longalign_ray.run_dir import RunDir
     from longalign_ray.stage_state import stage_states
 
+    if arguments.recipe is None:
+        raise ConfigError("--dry-run checks a recipe, and none is given: name one, or leave --dry-run out")
     config = load_config(arguments.recipe, arguments.overrides)
     states = stage_states(config, RunDir(Path(config.run_dir)))
     print(dump_config(config) + "\n" + "\n".join(f"{stage:<18} {state}" for stage, state in states))

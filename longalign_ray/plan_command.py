@@ -15,14 +15,14 @@ import numpy as np
 
 from longalign_ray.config_load import load_config
 from longalign_ray.data.cost import LLAMA_2_7B, sequence_cost
-from longalign_ray.data.make_plan import PlanSettings
+from longalign_ray.data.make_plan import GROUP, PlanSettings
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.plan_file import PlanWriter
-from longalign_ray.data.plan_groups import GROUP, GroupPlan, plan_groups, seeded_rows
+from longalign_ray.data.plan_groups import GroupPlan, plan_groups, seeded_rows
 from longalign_ray.data.plan_score import PlanScore, score, warm_up
 from longalign_ray.errors import ConfigError, LongAlignError
 from longalign_ray.plan_memory import Forecast, Times, as_json, as_text, forecast, levers_of_recipe, times
-from longalign_ray.run_dir import RunDir
+from longalign_ray.run_dir import Manifest, RunDir
 from longalign_ray.train.memory import Levers
 from longalign_ray.train.model_shape import LLAMA_2_7B as LLAMA_2_7B_SHAPE
 from longalign_ray.train.model_shape import ModelShape
@@ -107,18 +107,27 @@ def _from_recipe(arguments: argparse.Namespace) -> str:
         )  # fmt: skip
         return json.dumps({"memory": as_json(made, None)}, indent=2) if arguments.json else as_text(made, None, 0)
     index = ExampleIndex.load(run_dir.store / "index.parquet")
+    prepared = Manifest.load(run_dir.manifest("prepare"))
+    if prepared is None:
+        logger.warning("`longalign prepare` has not come to its end in %s: what it left out is not known", run_dir.root)
+    dropped = 0 if prepared is None else sum(prepared.dropped_by_reason.values())
 
     def scored(settings: PlanSettings) -> tuple[PlanScore, StepPlan]:
         plans: list[StepPlan] = []
 
         def groups() -> Iterator[GroupPlan]:
             plans.append(plan_for(config, index, model_dir, settings))
-            yield GroupPlan(plans[0], 0)
+            yield GroupPlan(plans[0], dropped)
 
-        return score(groups(), settings, arguments.tflops), plans[0]
+        told = score(groups(), settings, arguments.tflops)
+        if settings.epochs > 1 or settings.max_steps is not None:
+            epoch = plan_for(config, index, model_dir, replace(settings, epochs=1, max_steps=None))
+            told = replace(told, steps_per_epoch=epoch.num_steps)
+        return told, plans[0]
 
     scored(settings)  # compiles
     asked, plan = scored(settings)
+    settings = replace(settings, strategy=plan.strategy)  # what `auto` chose, here and for other ranks
     if arguments.out:
         plan.save(Path(arguments.out))
     beside = [scored(replace(settings, strategy=s, balance=b))[0] for s, b, _ in BESIDE]
@@ -242,5 +251,6 @@ def _table(asked: PlanScore, beside: list[PlanScore], settings: PlanSettings, tf
         f"{settings.micro_steps} micro-steps, {settings.capacity:,} tokens a rank"
     )
     tail = f"{asked.hours:.2f} h of forward and backward at {tflops:g} TFLOP/s a rank (assumed). {note}".rstrip()
+    tail = f"{asked.steps_per_epoch:,} steps an epoch; {tail}"
     lost = f"\n{asked.carried:,} times an example waited for the next step." if asked.carried else ""
     return f"{head}\n\n" + "\n".join(lines) + f"\n\n{tail}{lost}"

@@ -8,7 +8,7 @@ only where examples are longer than a rank's room must the degree suit the steps
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -24,6 +24,8 @@ from longalign_ray.errors import PlanMismatchError
 
 logger = logging.getLogger(__name__)
 
+GROUP = 2**22
+"""Examples that are planned at a time; planning takes some 120 bytes for each, the plan 12 and 8 a slot."""
 CANDIDATES = ("deal", "best_fit")
 """What `auto` chooses from; the first wins a tie."""
 
@@ -90,26 +92,24 @@ def plan_lengths(
     num_targets: np.ndarray | None = None,
     sum_weights: np.ndarray | None = None,
     rows: np.ndarray | Callable[[int], np.ndarray] | None = None,
+    group: int = GROUP,
 ) -> StepPlan:
     """`make_plan` from bare arrays, all int[n]. Without `num_targets` every token but the first is a target.
 
     Every epoch is shuffled and planned by (seed, epoch); steps run on across the border of epochs, and the last two
-    share evenly what is left.
+    share evenly what is left. Where an epoch has more than `group` examples, groups of them are planned alone instead.
     """
+
+    def planned(settings: PlanSettings, rows: np.ndarray | Callable[[int], np.ndarray] | None) -> StepPlan:
+        return plan_lengths(
+            lengths, settings, cost=cost, num_targets=num_targets, sum_weights=sum_weights, rows=rows, group=group
+        )
+
     if settings.strategy == "auto":
-        plans = {
-            name: plan_lengths(
-                lengths,
-                replace(settings, strategy=name),
-                cost=cost,
-                num_targets=num_targets,
-                sum_weights=sum_weights,
-                rows=rows,
-            )
-            for name in CANDIDATES
-        }
-        return _best_of(plans)
+        return _best_of({name: planned(replace(settings, strategy=name), rows) for name in CANDIDATES})
     orders = [_shuffled(rows, len(lengths), settings.seed, epoch) for epoch in range(settings.epochs)]
+    if max(map(len, orders)) > group:
+        return StepPlan.joined(list(_in_groups(orders, group, settings, planned)))
     order = np.concatenate(orders)
     own = np.asarray(lengths)[order].astype(np.int64)
     unit = settings.capacity * _degree_of_a_pack(own, settings)
@@ -148,6 +148,20 @@ def plan_lengths(
         balance=settings.balance,
         num_carried=num_carried,
     )
+
+
+def _in_groups(
+    orders: list[np.ndarray], group: int, settings: PlanSettings, plan: Callable[[PlanSettings, np.ndarray], StepPlan]
+) -> Iterator[StepPlan]:
+    """The plans of equal parts of every epoch's order, each at most `group` rows, so random sets as the whole is."""
+    steps_left = settings.max_steps
+    for epoch, order in enumerate(orders):
+        for rows in np.array_split(order, -(-len(order) // group)):
+            if steps_left == 0:
+                return
+            made = plan(replace(settings, epochs=1, max_steps=steps_left), rows)
+            steps_left = None if steps_left is None else steps_left - made.num_steps
+            yield replace(made, epoch=made.epoch + epoch)
 
 
 def _shuffled(rows: np.ndarray | Callable[[int], np.ndarray] | None, n: int, seed: int, epoch: int) -> np.ndarray:

@@ -62,11 +62,11 @@ def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Mapp
     plan.save(run_dir.plan)
     steps_per_file = config.packing.steps_per_file or steps_for_block(plan)
     num_packs = _write_packed(run_dir, plan, steps_per_file=steps_per_file)
-    planned = set(plan.example_rows.tolist())
+    planned = np.unique(plan.example_rows).size
     uses = use_of_sources(index, config.mixture, config.corpus.named, seed=config.seed, epochs=config.train.epochs)
     counts |= {
         "heldout": int(index.heldout.sum()),
-        "planned": len(planned),
+        "planned": planned,
         "tokens": int(index.length.sum()),
         "targets": int(index.num_targets.sum()),
         "packs": num_packs,
@@ -79,7 +79,7 @@ def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Mapp
         if len(uses) > 1:
             counts |= {f"examples.{name}": use.examples, f"tokens.{name}": use.tokens}
         dropped |= {f"{reason}.{name}": number for reason, number in use.left_out.items()}
-    if left := sum(use.available - sum(use.left_out.values()) for use in uses.values()) - len(planned):
+    if left := sum(use.available - sum(use.left_out.values()) for use in uses.values()) - planned:
         dropped["beyond_max_steps"] = left
     return Prepared(counts, dropped)
 

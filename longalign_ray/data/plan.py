@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ class StepPlan:
         return imbalance(self.slot_costs(), self.balance)
 
     def time_over_ideal(self) -> float:
-        """Time of all steps over their time if all groups shared each step's work evenly: by time, not by step."""
+        """Time of all steps over their time if all groups shared the work of each evenly: heavy steps count more."""
         costs = self.slot_costs()
         return float(step_times(costs, self.balance).sum() / (costs.sum() / self.shape[2]))
 
@@ -120,6 +120,23 @@ class StepPlan:
     def layout_digest(self) -> str:
         """16 hex digits over the place of every example: what the packed blocks were sorted for."""
         return _hash(self.example_rows, self.offsets, np.asarray(self.shape))
+
+    @staticmethod
+    def joined(plans: Sequence[StepPlan]) -> StepPlan:
+        """The steps of all plans, one after the other; they share everything but their examples."""
+
+        def all_of(name: str) -> np.ndarray:
+            return np.concatenate([getattr(plan, name) for plan in plans])
+
+        starts = np.cumsum([0, *(len(plan.example_rows) for plan in plans)])
+        ends = [plan.offsets[1:] + start for plan, start in zip(plans, starts[:-1], strict=True)]
+        return replace(
+            plans[0],
+            **{name: all_of(name) for name in ARRAYS if name not in ("offsets", "shape")},
+            offsets=np.concatenate([[0], *ends]),
+            shape=(sum(plan.num_steps for plan in plans), *plans[0].shape[1:]),
+            num_carried=sum(plan.num_carried for plan in plans),
+        )
 
     def save(self, path: Path) -> None:
         arrays: dict[str, Any] = {name: np.asarray(getattr(self, name)) for name in (*ARRAYS, *SCALARS)}

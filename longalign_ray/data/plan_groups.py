@@ -13,11 +13,8 @@ import numpy as np
 from numba import njit
 
 from longalign_ray.data.cost import SequenceCost
-from longalign_ray.data.make_plan import PlanSettings, plan_lengths
+from longalign_ray.data.make_plan import GROUP, PlanSettings, plan_lengths
 from longalign_ray.data.plan import StepPlan
-
-GROUP = 2**22
-"""Sequences of a group; planning takes some 150 bytes for each."""
 
 
 @dataclass(frozen=True, slots=True)

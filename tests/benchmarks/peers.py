@@ -25,8 +25,8 @@ import torch
 from longalign_ray.data.store import TokenStore
 from longalign_ray.model_source import local_model_dir
 from tests.benchmarks.packed_vs_padded import packed_plan, quickstart_store
+from tests.benchmarks.packers import TRL
 
-PEERS = ("trl==1.16.0", "datasets==5.2.0", "multiprocess==0.70.19", "dill==0.4.1", "xxhash==4.1.0")
 CAPACITY = 1_536
 A_STEP = 8  # sequences of an optimizer step of the peers; ours takes as many packs as hold about those
 
@@ -149,7 +149,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         directory, packages = Path(scratch), Path(scratch) / "packages"
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(packages), *PEERS]
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(packages), *TRL]
         subprocess.run(pip, check=True, stderr=subprocess.DEVNULL)
         store = quickstart_store(directory, arguments.examples)
         write_model(directory / "model", arguments.layers)

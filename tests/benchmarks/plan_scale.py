@@ -1,8 +1,8 @@
 """Time and memory of planning very many sequences, group by group; the arithmetic for more.
 
 The lengths lie in a file of 4 bytes a sequence, which is mapped, and the plan is written as it is made. So the process
-needs the memory of one group beside the pages of the file. Run for 10^8: --number 100000000
-Run: python -m tests.benchmarks.plan_scale [--number 5000000] [--strategy deal] [--world-size 64] [--sp 2]
+needs the memory of one group beside the pages of the file. Ends with 1 where 10^8 take more than 16 bytes a sequence.
+Run: python -m tests.benchmarks.plan_scale [--number 100000000] [--strategy deal] [--world-size 64] [--sp 2]
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from longalign_ray.data.cost import LLAMA_2_7B
-from longalign_ray.data.make_plan import PlanSettings
+from longalign_ray.data.make_plan import GROUP, PlanSettings
 from longalign_ray.data.plan_file import PlanWriter
-from longalign_ray.data.plan_groups import GROUP, plan_groups
+from longalign_ray.data.plan_groups import plan_groups
 from longalign_ray.data.plan_score import score, warm_up
 from tests.unit.data.mixes import long_context_mix
 
 CAPACITY = 65_536
+MOST_BYTES = 16  # a sequence, of 10^8; of fewer, one group weighs more
 
 
 def write_lengths(path: Path, number: int) -> None:
@@ -42,7 +43,7 @@ def peak_bytes() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--number", type=int, default=5_000_000)
+    parser.add_argument("--number", type=int, default=100_000_000)
     parser.add_argument("--strategy", default="deal")
     parser.add_argument("--world-size", type=int, default=64)
     parser.add_argument("--sp", type=int, default=2)
@@ -68,16 +69,20 @@ def main() -> None:
             f"| {arguments.number:,} | {told.strategy} | {-(-arguments.number // GROUP)} | {told.cpu_seconds:.0f} | "
             f"{seconds:.0f} | {grown / 1e6:,.0f} MB | {grown / arguments.number:.1f} |"
         )
+        in_file = out.stat().st_size / arguments.number
         print(
             f"\n{told.num_steps:,} steps, {told.utilisation:.1%} full, time / ideal {told.time_over_ideal:.4f}; "
-            f"{out.stat().st_size / arguments.number:.1f} bytes a sequence in the plan file. The peak is above the "
+            f"{in_file:.1f} bytes a sequence in the plan file. The peak is above the "
             "process before it; the 4 bytes of each length are in it, as far as their pages were in memory."
         )
         hours = told.cpu_seconds / arguments.number * 1e10 / 3_600
         print(
-            f"10^10 sequences: {1e10 / GROUP:,.0f} groups, each planned alone on any machine, {hours:.1f} CPU hours in "
-            "all; 40 GB of lengths in a file that all read."
+            f"10^10 sequences: 40 GB of lengths in a file that all read; {1e10 / GROUP:,.0f} groups of {GROUP:,}, each "
+            f"planned alone, on any machine and in the memory of one group; {hours:.1f} CPU hours in all; "
+            f"{in_file * 10:.0f} GB of plan."
         )
+        if arguments.number >= 100_000_000 and grown > MOST_BYTES * arguments.number:
+            raise SystemExit(f"goal missed: {grown / arguments.number:.1f} bytes a sequence, at most {MOST_BYTES}")
 
 
 if __name__ == "__main__":

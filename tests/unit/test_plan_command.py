@@ -12,7 +12,7 @@ import pytest
 from longalign_ray.cli import main
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.store import ExampleIndex
-from longalign_ray.run_dir import RunDir
+from longalign_ray.run_dir import Manifest, RunDir
 from tests.unit.data.mixes import long_context_mix
 
 LINEAR, QUADRATIC = 6 * 6.738e9, 6 * 32 * 4_096
@@ -123,6 +123,7 @@ def test_another_model(lengths: np.ndarray, tmp_path: Path, capsys: pytest.Captu
         ("--world-size 0 --micro-steps -1", "--world-size = 0: give 1 or more\n--micro-steps = -1: give 1 or more"),
         ("--fill 1.5", "--fill = 1.5"),
         ("recipe.yaml", "both given"),
+        ("--dry-run", "--dry-run checks a recipe, and none is given"),
     ],
 )
 def test_wrong_options(
@@ -185,14 +186,38 @@ def test_a_recipe(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_options_replace_what_the_recipe_says(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, record = tmp_path / "plan.npz", tmp_path / "run" / "config.yaml"
     record.write_text("as trained", encoding="utf-8")
+    Manifest("prepare", "", [], [], {}, {"not_json": 3, "duplicate": 4}).save(
+        RunDir(tmp_path / "run").manifest("prepare")
+    )
     options = "--world-size 8 --sp 4 --micro-steps 2 --strategy best_fit --balance none --json"
     assert main(["plan", str(recipe), "train.epochs=2", *options.split(), "--out", str(out)]) == 0
     score = json.loads(capsys.readouterr().out)
     plan = StepPlan.load(out)
     assert (plan.shape[1:], plan.sp_degree, plan.strategy, plan.balance) == ((2, 2), 4, "best_fit", "none")
-    assert (score["num_sequences"], score["num_steps"]) == (580, plan.num_steps)
+    assert (score["num_sequences"], score["dropped"], score["num_steps"]) == (587, 7, plan.num_steps)
+    naive = score["beside"][1]  # 16 of 290 a step: 19 steps, and 37 of two epochs, which share one
+    assert (naive["strategy"], naive["steps_per_epoch"], naive["num_steps"]) == ("naive", 19, 37)
+    assert score["steps_per_epoch"] == round(plan.num_steps / 2) == np.count_nonzero(plan.epoch == 0)
     assert sorted(plan.example_rows.tolist()) == sorted(2 * list(range(290)))
     assert record.read_text(encoding="utf-8") == "as trained"
+
+
+def test_auto_chooses_once_for_any_number_of_ranks(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On 2 ranks it takes `deal`, and on others it would `best_fit`, whose steps are fewer."""
+
+    def chosen(plans: dict[str, StepPlan]) -> StepPlan:
+        return plans["deal" if plans["deal"].world_size == 2 else "best_fit"]
+
+    def steps_by_ranks(strategy: str) -> list[str]:
+        assert main(["plan", str(recipe), "--strategy", strategy]) == 0
+        table = capsys.readouterr().out.split("time / ideal")[-1].splitlines()[1:]
+        assert [line.split()[0] for line in table] == ["1", "2", "4", "8"]
+        return [line.split()[1] for line in table]
+
+    monkeypatch.setattr("longalign_ray.data.make_plan._best_of", chosen)
+    assert steps_by_ranks("auto") == steps_by_ranks("deal") != steps_by_ranks("best_fit")
 
 
 def test_a_recipe_whose_corpus_is_not_tokenised(

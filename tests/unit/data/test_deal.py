@@ -101,13 +101,16 @@ def test_full_steps_fall_back_on_their_packs() -> None:
     [
         (64, 2, 1, "lock_step", 1.003),
         (8, 2, 1, "lock_step", 1.012),
+        (64, 1, 16, "lock_step", 1.01),
+        (64, 1, 64, "lock_step", 1.01),
+        (64, 1, 4, "sums", 1.01),
         (8, 1, 16, "lock_step", 1.01),
         (8, 1, 64, "lock_step", 1.01),
         (8, 1, 4, "sums", 1.01),
     ],
 )
 def test_goals_of_balance(ranks: int, sp_degree: int, micro_steps: int, balance: str, most: float) -> None:
-    lengths = long_context_mix(20_000, seed=2)
+    lengths = long_context_mix(60_000, seed=2)
     plan = plan_lengths(
         lengths,
         PlanSettings(

@@ -121,6 +121,34 @@ def test_three_ranks_a_pack_take_other_steps_where_two_would_do(strategy: str) -
     assert plans[0].digest == plans[1].digest
 
 
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "auto"])
+def test_more_examples_than_a_group_are_planned_group_by_group(index: ExampleIndex, strategy: str) -> None:
+    """50 rows in groups of at most 20: three of them an epoch, the same for any ranks, each its own steps."""
+    lengths, targets = index.length, index.num_targets
+    weights = np.arange(50) / 100
+
+    def planned(world_size: int, degree: int, **changes) -> StepPlan:
+        how = {"strategy": strategy, "capacity": 64, "packs_per_step": 4, "epochs": 2, **changes}
+        settings = PlanSettings(world_size=world_size, sp_degree=degree, **how)
+        return plan_lengths(lengths, settings, cost=COST, num_targets=targets, sum_weights=weights, group=20)
+
+    plan = planned(2, 1)
+    assert sorted(plan.example_rows.tolist()) == sorted(2 * list(range(50)))
+    assert plan.slot_tokens().max() <= 64
+    assert plan.lengths.tolist() == lengths[plan.example_rows].tolist()
+    steps = step_sets(plan)
+    assert plan.num_sequences.tolist() == plan.num_targets.tolist() == [len(rows) for rows in steps]
+    assert plan.sum_weights.tolist() == pytest.approx([weights[rows].sum() for rows in steps])
+    ends = np.cumsum([len(rows) for rows in steps])
+    assert {17, 34, 50, 67, 84, 100} <= set(ends.tolist())
+    assert plan.epoch.tolist() == [int(end > 50) for end in ends]
+    if strategy != "auto":  # its choice is made once, and named from then on
+        assert {planned(*world).digest for world in ((1, 1), (4, 1), (5, 1), (2, 2), (4, 4), (6, 3))} == {plan.digest}
+        cut = planned(2, 1, max_steps=len(steps) - 2)
+        assert step_sets(cut) == steps[:-2]
+        assert step_sets(planned(2, 1, max_steps=1)) == steps[:1]
+
+
 def test_rows_may_repeat_and_change_with_the_epoch(index: ExampleIndex) -> None:
     twice = PlanSettings(capacity=64, packs_per_step=4, epochs=2)
     chosen = {0: np.array([1, 1, 5, 8]), 1: np.array([2, 5])}

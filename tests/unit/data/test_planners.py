@@ -132,6 +132,22 @@ def test_long_tailed_mix_is_within_one_pack_of_the_bound() -> None:
     assert len(stream(lengths, 65_536)) <= bound + 2
 
 
+@pytest.mark.parametrize(
+    ("lengths", "fewest"),
+    [
+        ([31] * 20 + [21] * 20 + [8] * 20, 20),  # 31 + 21 + 8 = 60
+        ([31, 32, 33, 34, 35] * 4, 20),  # no two of them share a pack
+        ([12] * 100, 20),
+        ([12] * 101, 21),
+    ],
+    ids=["thirds", "halves", "equal", "equal and one more"],
+)
+@pytest.mark.parametrize("name", ["best_fit", "streaming"])
+def test_as_few_packs_as_there_can_be(name: str, lengths: list[int], fewest: int) -> None:
+    shuffled = np.random.default_rng(0).permutation(lengths)
+    assert len(PLANNERS[name](shuffled, 60)) == fewest == lower_bound(shuffled, 60)
+
+
 def slow_lower_bound(lengths: list[int], capacity: int) -> int:
     """The definition of L2, a threshold at a time."""
     best = 0
