@@ -142,6 +142,10 @@ class CorpusConfig(Section):
             name: source.model_copy(update={"style": source.style or self.style}) for name, source in sources.items()
         }
 
+    def setting_of(self, source: str) -> str:
+        """Full name of the setting that has the paths of a source."""
+        return f"corpus.sources.{source}.paths" if self.sources else "corpus.paths"
+
 
 class MixtureConfig(Section):
     """How the sources of the corpus make up an epoch; see data/mixture.py for the rules of rounding."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -20,6 +20,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pyarrow import fs
 
+from longalign_ray.config import CorpusConfig, SourceConfig
 from longalign_ray.data.record_styles import printable
 from longalign_ray.errors import CorpusError
 
@@ -49,10 +50,27 @@ class CorpusFile:
         return self.path, self.size, self.version
 
 
-def corpus_files(patterns: Sequence[str], *, endpoint: str | None = None) -> list[CorpusFile]:
+def source_files(corpus: CorpusConfig, sources: Mapping[str, SourceConfig]) -> dict[str, list[CorpusFile]]:
+    """Files of each source. Raises CorpusError with the problems of all of them."""
+    files: dict[str, list[CorpusFile]] = {}
+    problems: list[str] = []
+    for name, source in sources.items():
+        try:
+            setting = corpus.setting_of(name)
+            files[name] = corpus_files(source.paths, endpoint=corpus.storage_endpoint, setting=setting)
+        except CorpusError as error:
+            problems.append(str(error))
+    if problems:
+        raise CorpusError("\n".join(problems))
+    return files
+
+
+def corpus_files(
+    patterns: Sequence[str], *, endpoint: str | None = None, setting: str = "corpus.paths"
+) -> list[CorpusFile]:
     """Files of the patterns in their order, each pattern's own sorted by name.
 
-    Raises CorpusError that names every pattern that matches nothing and every match that cannot be read.
+    Raises CorpusError that names `setting`, every pattern that matches nothing and every match that cannot be read.
     """
     files: list[CorpusFile] = []
     problems: list[str] = []
@@ -62,9 +80,14 @@ def corpus_files(patterns: Sequence[str], *, endpoint: str | None = None) -> lis
         except (OSError, ValueError, ImportError) as error:
             problems.append(f"{pattern} cannot be read ({_short(error)}); {_remedy(pattern)}")
     if problems:
-        more = f"\n  and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
-        raise CorpusError("corpus.paths: " + "\n  ".join(problems[:MAX_PROBLEMS]) + more)
+        raise CorpusError(f"{setting}: {listed(problems)}")
     return files
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first of them, a line each, and how many more there are."""
+    more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+    return "\n  ".join([*problems[:MAX_PROBLEMS], *more])
 
 
 def open_random(file: CorpusFile) -> pa.NativeFile:
@@ -81,9 +104,7 @@ def open_plain(file: CorpusFile) -> pa.NativeFile:
 
 def unreadable(path: str, error: Exception, *, place: str = "") -> CorpusError:
     """What to raise where a file that was found cannot be read to its end."""
-    return CorpusError(
-        f"corpus.paths: {path} cannot be read{place} ({_short(error)}): copy it again whole, or leave it out"
-    )
+    return CorpusError(f"{path} cannot be read{place} ({_short(error)}): copy it again whole, or leave it out")
 
 
 def _matches(pattern: str, endpoint: str | None, problems: list[str]) -> Iterator[CorpusFile]:

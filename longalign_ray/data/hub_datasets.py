@@ -30,18 +30,18 @@ def _load(address: str) -> Any:
     path, _, query = address.removeprefix("hf://").partition("?")
     arguments: dict[str, Any] = {"split": "train", **dict(parse_qsl(query))}
     if unknown := set(arguments) - set(ARGUMENTS):
-        raise CorpusError(f"corpus.paths: {address} has the argument {min(unknown)!r}; known: {', '.join(ARGUMENTS)}")
+        raise CorpusError(f"{address} has the argument {min(unknown)!r}; known: {', '.join(ARGUMENTS)}")
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise CorpusError(
-            f"corpus.paths: {path} is no file here, and to read it as a data set of the Hugging Face hub the package "
+            f"{path} is no file here, and to read it as a data set of the Hugging Face hub the package "
             "`datasets` is needed: pip install 'longalign_ray[hub]', or correct the path"
         ) from error
     try:
         return load_dataset(path, streaming=True, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CorpusError(
-            f"corpus.paths: {address} is neither a file here nor a data set that the Hugging Face hub gives "
+            f"{address} is neither a file here nor a data set that the Hugging Face hub gives "
             f"({' '.join(str(error).split())[:300]}); correct the path, or check the network and HF_TOKEN"
         ) from error
