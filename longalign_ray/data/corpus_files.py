@@ -21,6 +21,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from longalign_ray.config import CorpusConfig, SourceConfig
+from longalign_ray.data.hub_datasets import hub_version
 from longalign_ray.data.record_styles import printable
 from longalign_ray.errors import CorpusError
 
@@ -40,7 +41,7 @@ class CorpusFile:
     compression: Literal["gzip", "zstd"] | None = None
     size: int = 0
     version: str = ""
-    """Changes when the file does: its time of change, as local and object stores keep it."""
+    """Changes when the file does: its time of change, as local and object stores keep it, or the hub's commit."""
     endpoint: str | None = None
     """Address of the object store, for one that is not Amazon's or Google's own."""
 
@@ -109,14 +110,14 @@ def unreadable(path: str, error: Exception, *, place: str = "") -> CorpusError:
 
 def _matches(pattern: str, endpoint: str | None, problems: list[str]) -> Iterator[CorpusFile]:
     if pattern.startswith("hf://") and not pattern.startswith("hf://datasets/"):
-        yield CorpusFile(pattern, "hf")
+        yield CorpusFile(pattern, "hf", version=hub_version(pattern))
         return
     if "://" in pattern:
         found = _remote_infos(pattern, endpoint)
     else:
         names = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
         if not os.path.exists(pattern) and names == [pattern] and _is_dataset_id(pattern):
-            yield CorpusFile(f"hf://{pattern}", "hf")
+            yield CorpusFile(f"hf://{pattern}", "hf", version=hub_version(f"hf://{pattern}"))
             return
         found = [(name, *_local_state(name)) for name in names]
     if not found:
