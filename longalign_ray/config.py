@@ -108,7 +108,8 @@ class CorpusConfig(Section):
 
     paths: tuple[str, ...] = ()
     """JSONL, JSON arrays or Parquet, each also .gz or .zst: paths, globs, s3:// and gs:// addresses, or data sets of
-    the Hugging Face hub (`org/name`, `hf://org/name?split=train`). Empty: the output of `construct`."""
+    the Hugging Face hub (`org/name`, `hf://org/name?split=train`), at its newest commit or `&revision=COMMIT`. Empty:
+    the output of `construct`."""
     sources: dict[str, SourceConfig] = {}
     """Several named sources in place of `paths`, to be mixed: `{chat: {paths: [...], weight: 0.9}, long: {...}}`."""
     style: Style = "auto"
@@ -141,6 +142,10 @@ class CorpusConfig(Section):
         return {
             name: source.model_copy(update={"style": source.style or self.style}) for name, source in sources.items()
         }
+
+    def setting_of(self, source: str) -> str:
+        """Full name of the setting that has the paths of a source."""
+        return f"corpus.sources.{source}.paths" if self.sources else "corpus.paths"
 
 
 class MixtureConfig(Section):

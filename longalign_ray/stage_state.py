@@ -29,7 +29,7 @@ def stage_digest(config: RunConfig, run_dir: RunDir, stage: str) -> str:
             dump["data"],
             dump["packing"],
             dump["model"],
-            _corpus_state(config),
+            _input_state(config),
             config.train.epochs,
             config.train.max_steps,
         ],
@@ -104,13 +104,13 @@ def first_run_dir(run_dir: RunDir) -> RunDir:
     return RunDir(run_dir.root / "before")
 
 
-def _corpus_state(config: RunConfig) -> list[Any]:
-    """Name, size and version of each file of the corpus and of the evaluation sets that it must not hold, so that a
-    changed corpus is prepared anew."""
-    from longalign_ray.data.corpus_files import corpus_files
+def _input_state(config: RunConfig) -> list[Any]:
+    """Name, size and version of each file of the corpus and of the evaluation sets that it must not hold, and what the
+    tokenizer and the chat template hold, so that with any of them changed the corpus is prepared anew."""
+    from longalign_ray.data.corpus_files import source_files
     from longalign_ray.data.decontaminate import evaluation_state
+    from longalign_ray.data.template import tokenising_state
 
-    endpoint = config.corpus.storage_endpoint
-    patterns = [path for source in config.corpus.named.values() for path in source.paths]
-    states = [file.state for file in corpus_files(patterns, endpoint=endpoint)]
-    return [*states, *evaluation_state(config.data.decontaminate.paths, endpoint=endpoint)]
+    states = [file.state for files in source_files(config.corpus, config.corpus.named).values() for file in files]
+    evaluation = evaluation_state(config.data.decontaminate.paths, endpoint=config.corpus.storage_endpoint)
+    return [states, evaluation, tokenising_state(config.model.path, config.model.chat_template)]

@@ -42,10 +42,11 @@ class CorpusSlice:
     format: Literal["jsonl", "json", "parquet", "hf"] = "jsonl"
     compression: Literal["gzip", "zstd"] | None = None
     endpoint: str | None = None
+    version: str = ""
 
     @property
     def file(self) -> CorpusFile:
-        return CorpusFile(self.path, self.format, self.compression, endpoint=self.endpoint)
+        return CorpusFile(self.path, self.format, self.compression, version=self.version, endpoint=self.endpoint)
 
 
 def cut_into_slices(file: CorpusFile, *, slice_bytes: int = SLICE_BYTES) -> list[CorpusSlice]:
@@ -55,7 +56,7 @@ def cut_into_slices(file: CorpusFile, *, slice_bytes: int = SLICE_BYTES) -> list
     """
     with _naming(file.path):
         if file.format == "hf":
-            return [_slice(file, number, number + 1) for number in range(hub_shards(file.path))]
+            return [_slice(file, number, number + 1) for number in range(hub_shards(file.path, file.version))]
         if file.format == "json":
             first = _first_byte(file)
             if first in (b"", b"["):
@@ -83,7 +84,7 @@ def read_records(part: CorpusSlice) -> Iterator[tuple[int, Any | RecordError]]:
 
 def _read(part: CorpusSlice) -> Iterator[tuple[int, Any]]:
     if part.format == "hf":
-        yield from read_hub_shard(part.path, part.start)
+        yield from read_hub_shard(part.path, part.version, part.start)
     elif part.format == "parquet":
         with _parquet(part.file) as file:
             groups = range(part.start, file.num_row_groups if part.end < 0 else part.end)
@@ -99,7 +100,7 @@ def _read(part: CorpusSlice) -> Iterator[tuple[int, Any]]:
 
 
 def _slice(file: CorpusFile, start: int, end: int, first_line: int = 1) -> CorpusSlice:
-    return CorpusSlice(file.path, start, end, first_line, file.format, file.compression, file.endpoint)
+    return CorpusSlice(file.path, start, end, first_line, file.format, file.compression, file.endpoint, file.version)
 
 
 def _cut_lines(file: CorpusFile, slice_bytes: int) -> list[CorpusSlice]:

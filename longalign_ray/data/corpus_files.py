@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -20,6 +20,8 @@ from typing import Any, Literal
 import pyarrow as pa
 from pyarrow import fs
 
+from longalign_ray.config import CorpusConfig, SourceConfig
+from longalign_ray.data.hub_datasets import hub_version
 from longalign_ray.data.record_styles import printable
 from longalign_ray.errors import CorpusError
 
@@ -39,7 +41,7 @@ class CorpusFile:
     compression: Literal["gzip", "zstd"] | None = None
     size: int = 0
     version: str = ""
-    """Changes when the file does: its time of change, as local and object stores keep it."""
+    """Changes when the file does: its time of change, as local and object stores keep it, or the hub's commit."""
     endpoint: str | None = None
     """Address of the object store, for one that is not Amazon's or Google's own."""
 
@@ -49,10 +51,27 @@ class CorpusFile:
         return self.path, self.size, self.version
 
 
-def corpus_files(patterns: Sequence[str], *, endpoint: str | None = None) -> list[CorpusFile]:
+def source_files(corpus: CorpusConfig, sources: Mapping[str, SourceConfig]) -> dict[str, list[CorpusFile]]:
+    """Files of each source. Raises CorpusError with the problems of all of them."""
+    files: dict[str, list[CorpusFile]] = {}
+    problems: list[str] = []
+    for name, source in sources.items():
+        try:
+            setting = corpus.setting_of(name)
+            files[name] = corpus_files(source.paths, endpoint=corpus.storage_endpoint, setting=setting)
+        except CorpusError as error:
+            problems.append(str(error))
+    if problems:
+        raise CorpusError("\n".join(problems))
+    return files
+
+
+def corpus_files(
+    patterns: Sequence[str], *, endpoint: str | None = None, setting: str = "corpus.paths"
+) -> list[CorpusFile]:
     """Files of the patterns in their order, each pattern's own sorted by name.
 
-    Raises CorpusError that names every pattern that matches nothing and every match that cannot be read.
+    Raises CorpusError that names `setting`, every pattern that matches nothing and every match that cannot be read.
     """
     files: list[CorpusFile] = []
     problems: list[str] = []
@@ -62,9 +81,14 @@ def corpus_files(patterns: Sequence[str], *, endpoint: str | None = None) -> lis
         except (OSError, ValueError, ImportError) as error:
             problems.append(f"{pattern} cannot be read ({_short(error)}); {_remedy(pattern)}")
     if problems:
-        more = f"\n  and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
-        raise CorpusError("corpus.paths: " + "\n  ".join(problems[:MAX_PROBLEMS]) + more)
+        raise CorpusError(f"{setting}: {listed(problems)}")
     return files
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first of them, a line each, and how many more there are."""
+    more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+    return "\n  ".join([*problems[:MAX_PROBLEMS], *more])
 
 
 def open_random(file: CorpusFile) -> pa.NativeFile:
@@ -81,21 +105,19 @@ def open_plain(file: CorpusFile) -> pa.NativeFile:
 
 def unreadable(path: str, error: Exception, *, place: str = "") -> CorpusError:
     """What to raise where a file that was found cannot be read to its end."""
-    return CorpusError(
-        f"corpus.paths: {path} cannot be read{place} ({_short(error)}): copy it again whole, or leave it out"
-    )
+    return CorpusError(f"{path} cannot be read{place} ({_short(error)}): copy it again whole, or leave it out")
 
 
 def _matches(pattern: str, endpoint: str | None, problems: list[str]) -> Iterator[CorpusFile]:
     if pattern.startswith("hf://") and not pattern.startswith("hf://datasets/"):
-        yield CorpusFile(pattern, "hf")
+        yield CorpusFile(pattern, "hf", version=hub_version(pattern))
         return
     if "://" in pattern:
         found = _remote_infos(pattern, endpoint)
     else:
         names = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
         if not os.path.exists(pattern) and names == [pattern] and _is_dataset_id(pattern):
-            yield CorpusFile(f"hf://{pattern}", "hf")
+            yield CorpusFile(f"hf://{pattern}", "hf", version=hub_version(f"hf://{pattern}"))
             return
         found = [(name, *_local_state(name)) for name in names]
     if not found:

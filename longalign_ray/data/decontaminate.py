@@ -26,6 +26,7 @@ from longalign_ray.data.words import ngram_hashes, words
 from longalign_ray.errors import CorpusError
 
 TEXT_ENDINGS = (".txt", ".md")
+SETTING = "data.decontaminate.paths"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,13 +80,15 @@ def evaluation_texts(patterns: Sequence[str], *, endpoint: str | None = None) ->
                 with _naming(path):
                     yield Path(path).read_text(encoding="utf-8")
             continue
-        with _renaming():
-            for file in corpus_files([pattern], endpoint=endpoint):
+        for file in corpus_files([pattern], endpoint=endpoint, setting=SETTING):
+            try:
                 for part in cut_into_slices(file):
                     for number, record in read_records(part):
                         if isinstance(record, RecordError):
-                            raise CorpusError(f"corpus.paths: {file.path}, record {number}: {record}")
+                            raise CorpusError(f"{file.path}, record {number}: {record}")
                         yield from _strings(record)
+            except CorpusError as error:
+                raise CorpusError(f"{SETTING}: {error}") from error
 
 
 def evaluation_state(patterns: Sequence[str], *, endpoint: str | None = None) -> list[tuple[str, int, str]]:
@@ -98,15 +101,14 @@ def evaluation_state(patterns: Sequence[str], *, endpoint: str | None = None) ->
                     status = Path(path).stat()
                 states.append((path, status.st_size, str(status.st_mtime_ns)))
         else:
-            with _renaming():
-                states += [file.state for file in corpus_files([pattern], endpoint=endpoint)]
+            states += [file.state for file in corpus_files([pattern], endpoint=endpoint, setting=SETTING)]
     return states
 
 
 def _text_paths(pattern: str) -> list[str]:
     paths = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
     if not paths:
-        raise CorpusError(f"data.decontaminate.paths: {pattern} matches no file; check the pattern")
+        raise CorpusError(f"{SETTING}: {pattern} matches no file; check the pattern")
     return paths
 
 
@@ -115,16 +117,7 @@ def _naming(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"data.decontaminate.paths: {path} cannot be read ({error}); check it") from error
-
-
-@contextmanager
-def _renaming() -> Iterator[None]:
-    """Errors of the corpus name the setting that the files come from."""
-    try:
-        yield
-    except CorpusError as error:
-        raise CorpusError(str(error).replace("corpus.paths", "data.decontaminate.paths", 1)) from error
+        raise CorpusError(f"{SETTING}: {path} cannot be read ({error}); check it") from error
 
 
 def _strings(value: Any) -> Iterator[str]:

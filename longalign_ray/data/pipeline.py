@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from longalign_ray.config import DataConfig, RunConfig, SourceConfig
-from longalign_ray.data.corpus import corpus_files, cut_into_slices
+from longalign_ray.data.corpus_files import listed, source_files
 from longalign_ray.data.cost import sequence_cost
 from longalign_ray.data.decontaminate import EvaluationRuns, evaluation_texts
 from longalign_ray.data.dedup import check_dedup, without_duplicates
@@ -27,9 +26,10 @@ from longalign_ray.data.mixture import training_rows, use_of_sources
 from longalign_ray.data.packed import num_packed_files, steps_for_block, write_layout, write_packed_file
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.record_styles import printable
-from longalign_ray.data.slice_store import EVALUATION_FILE, index_file, summary_file, tokenise_slice
+from longalign_ray.data.slice_store import EVALUATION_FILE, index_file, summary_file, tokenise_slice, tokens_file
 from longalign_ray.data.store import ExampleIndex, TokenStore, part_name
-from longalign_ray.data.template import load_tokenizer
+from longalign_ray.data.store_parts import remove_others, store_parts
+from longalign_ray.data.template import load_tokenizer, tokenising_state
 from longalign_ray.errors import CorpusError, LongAlignError, ModelError
 from longalign_ray.logs import progress
 from longalign_ray.run_dir import RunDir, digest, whole_file
@@ -55,13 +55,13 @@ def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Mapp
     """
     load_tokenizer(model_dir, chat_template=config.model.chat_template)  # fails here rather than in every task
     check_dedup(config.data.dedup)
-    table, counts, dropped = _write_store(config, run_dir, model_dir, corpus)
-    index, counts["duplicate_ids"] = _index(table, config.data, config.seed)
+    table, parts, counts, dropped = _write_store(config, run_dir, model_dir, corpus)
+    index, counts["duplicate_ids"] = _index(table, parts, config.data, config.seed)
     index.save(run_dir.store / "index.parquet")
     plan = plan_for(config, index, model_dir, plan_settings(config, world_size=config.train.max_workers))
     plan.save(run_dir.plan)
     steps_per_file = config.packing.steps_per_file or steps_for_block(plan)
-    num_packs = _write_packed(run_dir, plan, steps_per_file=steps_per_file)
+    num_packs = _write_packed(run_dir, plan, parts=parts, steps_per_file=steps_per_file)
     planned = np.unique(plan.example_rows).size
     uses = use_of_sources(index, config.mixture, config.corpus.named, seed=config.seed, epochs=config.train.epochs)
     counts |= {
@@ -122,52 +122,57 @@ def model_shape(model_dir: Path) -> dict[str, Any]:
 
 def _write_store(
     config: RunConfig, run_dir: RunDir, model_dir: Path, corpus: Mapping[str, SourceConfig]
-) -> tuple[pa.Table, dict[str, int | float], dict[str, int]]:
-    """Tokenises the corpus, a task a slice; returns the index rows in store order, counts, and what was dropped.
+) -> tuple[pa.Table, tuple[str, ...], dict[str, int | float], dict[str, int]]:
+    """Tokenises the corpus, a task a slice; returns the index rows in the order of the corpus, the names of the store's
+    files, counts, and what was dropped.
 
-    A slice whose files are all there is not read again: a killed `prepare` continues, and one with other packing
-    settings starts from the tokens.
+    A slice whose part is there is not read again: a killed `prepare` continues, and one with other files or packing
+    settings starts from the tokens. Files that cannot be read stop it after all other slices are done.
     """
-    endpoint = config.corpus.storage_endpoint
-    files = {name: corpus_files(source.paths, endpoint=endpoint) for name, source in corpus.items()}
-    slices = [(name, part) for name, found in files.items() for file in found for part in cut_into_slices(file)]
-    if not slices:
-        paths = ", ".join(path for source in corpus.values() for path in source.paths)
-        raise CorpusError(f"the corpus is empty: {paths}; give files with one conversation a line")
+    endpoint, store = config.corpus.storage_endpoint, run_dir.store
     evaluation = EvaluationRuns.of(
         evaluation_texts(config.data.decontaminate.paths, endpoint=endpoint), config.data.decontaminate.ngram
     )
+    tokenising = tokenising_state(model_dir, config.model.chat_template)
+    contents = [
+        config.data.model_dump(exclude={"heldout_fraction", "max_heldout"}),
+        config.corpus.role_order,
+        hashlib.sha256(evaluation.hashes.tobytes()).hexdigest(),
+        tokenising,
+    ]
+    parts, problems = store_parts(config.corpus, corpus, source_files(config.corpus, corpus), contents)
+    if not parts and not problems:
+        paths = ", ".join(path for source in corpus.values() for path in source.paths)
+        raise CorpusError(f"the corpus is empty: {paths}; give files with one conversation a line")
     settings = {
         "data": config.data.model_dump(),
         "role_order": config.corpus.role_order,
         "model_dir": str(model_dir.resolve()),
         "chat_template": config.model.chat_template,
-        "store": str(run_dir.store.resolve()),
-        "evaluation": hashlib.sha256(evaluation.hashes.tobytes()).hexdigest(),
+        "tokenising": digest(tokenising),
+        "store": str(store.resolve()),
     }
-    items = [
-        {"number": number, "style": corpus[name].style or "auto", **dataclasses.asdict(part)}
-        for number, (name, part) in enumerate(slices)
-    ]
-    states = [file.state for found in files.values() for file in found]
-    _keep_if_same(run_dir.store, digest(items, settings, states, _tokenizer_state(model_dir)))
-    np.save(run_dir.store / EVALUATION_FILE, evaluation.hashes)
-    with progress("prepare: slices tokenised", len(slices)) as bar:
-        problems = []
-        for done, row in enumerate(_each(items, tokenise_slice, settings), 1):
+    store.mkdir(parents=True, exist_ok=True)
+    remove_others(store, None if problems else {part.name for part in parts})
+    with whole_file(store / EVALUATION_FILE) as temporary, temporary.open("wb") as file:
+        np.save(file, evaluation.hashes)
+    tasks = list({part.name: part.task for part in parts}.values())
+    with progress("prepare: slices tokenised", len(tasks)) as bar:
+        for done, row in enumerate(_each(tasks, tokenise_slice, settings), 1):
             problems += [row["problem"]] if row["problem"] else []
             bar.advance(done)
     if problems:  # the slices that went well are kept
-        raise CorpusError("\n  ".join(sorted(problems)[:10]))
-    parts = [pq.read_table(index_file(run_dir.store, number)) for number in range(len(slices))]
-    found = pa.concat_tables(parts)
-    table, duplicates = without_duplicates(found, [printable(part.path) for _, part in slices], config.data.dedup)
+        raise CorpusError(listed(sorted(set(problems))))
+    tables = [pq.read_table(index_file(store, part.name)) for part in parts]
+    numbers = np.repeat(np.arange(len(parts), dtype=np.int32), [len(table) for table in tables])
+    found = pa.concat_tables(tables).append_column("file", pa.array(numbers))
+    table, duplicates = without_duplicates(found, [printable(part.slice.path) for part in parts], config.data.dedup)
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     num_bad, first_rejects = 0, []
     with whole_file(run_dir.rejects) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for number in range(len(slices)):
-            summary = json.loads(summary_file(run_dir.store, number).read_text(encoding="utf-8"))
+        for number, part in enumerate(parts):
+            summary = json.loads(summary_file(store, part.name).read_text(encoding="utf-8"))
             counts.update(summary["counts"])
             for reject in sorted(summary["rejects"] + duplicates.get(number, []), key=lambda reject: reject["line"]):
                 file.write(json.dumps(reject, ensure_ascii=False) + "\n")
@@ -178,9 +183,10 @@ def _write_store(
     counts["examples"] -= len(found) - len(table)
     if evaluation.num_texts:
         counts |= {"evaluation_texts": evaluation.num_texts, "evaluation_texts_too_short": evaluation.num_short_texts}
-    names = pa.array([name for name, _ in slices], pa.string())
-    table = table.select(INDEX_COLUMNS).append_column("source", names.take(table["file"].combine_chunks()))
-    return table, dict(counts), dict(sorted(dropped.items()))
+    sources = pa.array([part.source for part in parts], pa.string())
+    table = table.select(INDEX_COLUMNS).append_column("source", sources.take(table["file"].combine_chunks()))
+    names = tuple(tokens_file(store, part.name).name for part in parts)
+    return table, names, dict(counts), dict(sorted(dropped.items()))
 
 
 def _keep_if_same(directory: Path, fingerprint: str) -> None:
@@ -193,14 +199,6 @@ def _keep_if_same(directory: Path, fingerprint: str) -> None:
         mark.write_text(fingerprint, encoding="utf-8")
     for leftover in directory.glob("*.tmp"):
         leftover.unlink()
-
-
-def _tokenizer_state(model_dir: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of the files that tokenizer and template are read from."""
-    files = [
-        path for pattern in ("tokenizer*", "*.jinja", "special_tokens*") for path in sorted(model_dir.glob(pattern))
-    ]
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def _each(items: list[dict[str, Any]], function: Any, settings: dict[str, Any]) -> Iterable[dict[str, Any]]:
@@ -226,7 +224,7 @@ def _check_rejects(
         raise CorpusError(f"the corpus has no usable conversation{'; first reject: ' + first if first else ''}")
 
 
-def _index(table: pa.Table, data: DataConfig, seed: int) -> tuple[ExampleIndex, int]:
+def _index(table: pa.Table, parts: tuple[str, ...], data: DataConfig, seed: int) -> tuple[ExampleIndex, int]:
     """The index, and the number of examples that had another's id."""
     example_id, num_renamed = unique_ids(table["example_id"])
     index = ExampleIndex(
@@ -238,6 +236,7 @@ def _index(table: pa.Table, data: DataConfig, seed: int) -> tuple[ExampleIndex, 
         row=table["row"].to_numpy().astype(np.int32),
         source=table["source"].to_numpy(zero_copy_only=False),
         heldout=choose_heldout(example_id, fraction=data.heldout_fraction, at_most=data.max_heldout, seed=seed),
+        parts=parts,
     )
     return index, num_renamed
 
@@ -251,7 +250,7 @@ def choose_heldout(example_id: np.ndarray, *, fraction: float, at_most: int, see
     return chosen
 
 
-def _write_packed(run_dir: RunDir, plan: StepPlan, *, steps_per_file: int) -> int:
+def _write_packed(run_dir: RunDir, plan: StepPlan, *, parts: tuple[str, ...], steps_per_file: int) -> int:
     """Sorts the store into plan order, a task a file of packs; returns the number of packs."""
     settings = {
         "store": str(run_dir.store.resolve()),
@@ -261,8 +260,7 @@ def _write_packed(run_dir: RunDir, plan: StepPlan, *, steps_per_file: int) -> in
     }
     num_files = num_packed_files(plan, steps_per_file)
     num_packs = int((plan.slot_tokens() > 0).sum())
-    store_state = (run_dir.store / "fingerprint").read_text(encoding="utf-8")
-    _keep_if_same(run_dir.packed, digest(plan.layout_digest, steps_per_file, store_state))
+    _keep_if_same(run_dir.packed, digest(plan.layout_digest, steps_per_file, parts))
     with progress("prepare: packed files written", num_files) as bar:
         items = [{"number": number} for number in range(num_files)]
         problems = []
@@ -270,7 +268,7 @@ def _write_packed(run_dir: RunDir, plan: StepPlan, *, steps_per_file: int) -> in
             problems += [row["problem"]] if row["problem"] else []
             bar.advance(done)
     if problems:
-        raise LongAlignError("\n  ".join(sorted(set(problems))[:10]))
+        raise LongAlignError(listed(sorted(set(problems))))
     write_layout(run_dir.packed, plan, steps_per_file=steps_per_file)
     return num_packs
 

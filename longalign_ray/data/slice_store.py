@@ -1,7 +1,7 @@
 """One slice of the corpus to its files in the token store: the work of one task of `prepare`.
 
-A slice leaves `part-N.arrow` (tokens and weights), `part-N.parquet` (its rows of the index) and, last, `part-N.json`
-(its rejects and counts), which says that the slice is done.
+A slice leaves three files with the name of its StorePart: `.arrow` (tokens and weights), `.parquet` (its rows of the
+index) and, last, `.json` (its rejects and counts), which says that the slice is done.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from longalign_ray.data.corpus import CorpusSlice, read_records
 from longalign_ray.data.decontaminate import contamination
 from longalign_ray.data.dedup import fingerprint, fingerprint_bytes
 from longalign_ray.data.record_styles import printable
-from longalign_ray.data.store import Example, part_name, write_examples
+from longalign_ray.data.store import Example, write_examples
 from longalign_ray.data.template import load_tokenizer
 from longalign_ray.data.tokenize import ConversationTokenizer
 from longalign_ray.errors import CorpusError, DiskError
@@ -32,14 +32,19 @@ from longalign_ray.run_dir import whole_file, write_json
 EVALUATION_FILE = "evaluation_runs.npy"
 
 
-def index_file(store: Path, number: int) -> Path:
-    """Index rows of slice `number`: id, length, targets, weights, place in the store, line in the corpus."""
-    return store / f"part-{number:05d}.parquet"
+def tokens_file(store: Path, name: str) -> Path:
+    """Examples of the part `name`."""
+    return store / f"{name}.arrow"
 
 
-def summary_file(store: Path, number: int) -> Path:
-    """Rejects and counts of slice `number`."""
-    return store / f"part-{number:05d}.json"
+def index_file(store: Path, name: str) -> Path:
+    """Index rows of the part `name`: id, length, targets, weights, row in its file, line in the corpus."""
+    return store / f"{name}.parquet"
+
+
+def summary_file(store: Path, name: str) -> Path:
+    """Rejects and counts of the part `name`."""
+    return store / f"{name}.json"
 
 
 def tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -47,10 +52,10 @@ def tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str, 
 
     What stops it is in the result as `problem`, so that the other slices go on.
     """
-    number, settings = item.pop("number"), settings | {"style": item.pop("style")}
+    name, setting, settings = item.pop("name"), item.pop("setting"), settings | {"style": item.pop("style")}
     store, part = Path(settings["store"]), CorpusSlice(**item)
-    if summary_file(store, number).exists():
-        return {"number": number, "problem": ""}
+    if all(file(store, name).exists() for file in (tokens_file, index_file, summary_file)):
+        return {"name": name, "problem": ""}
     rejects: list[dict[str, Any]] = []
     counts = Counter(records=0, examples=0, cut_examples=0, cut_tokens=0, text_pieces=0)
     rows: list[tuple[str, int, int, float, int, bytes]] = []
@@ -61,22 +66,23 @@ def tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str, 
             yield example
 
     try:
-        write_examples(store / part_name(number), noted())
-        with whole_file(index_file(store, number)) as temporary:
-            pq.write_table(_index_table(number, rows, DataConfig(**settings["data"])), temporary)
-        write_json(summary_file(store, number), {"rejects": rejects, "counts": counts})
-    except (CorpusError, DiskError) as error:
-        return {"number": number, "problem": str(error)}
-    return {"number": number, "problem": ""}
+        write_examples(tokens_file(store, name), noted())
+        with whole_file(index_file(store, name)) as temporary:
+            pq.write_table(_index_table(rows, DataConfig(**settings["data"])), temporary)
+        write_json(summary_file(store, name), {"rejects": rejects, "counts": counts})
+    except CorpusError as error:
+        return {"name": name, "problem": f"{setting}: {error}"}
+    except DiskError as error:
+        return {"name": name, "problem": str(error)}
+    return {"name": name, "problem": ""}
 
 
-def _index_table(number: int, rows: list[tuple[str, int, int, float, int, bytes]], data: DataConfig) -> pa.Table:
+def _index_table(rows: list[tuple[str, int, int, float, int, bytes]], data: DataConfig) -> pa.Table:
     index = {
         "example_id": pa.array([row[0] for row in rows], pa.string()),
         "length": pa.array([row[1] for row in rows], pa.int32()),
         "num_targets": pa.array([row[2] for row in rows], pa.int32()),
         "sum_weights": pa.array([row[3] for row in rows], pa.float64()),
-        "file": pa.array([number] * len(rows), pa.int32()),
         "row": pa.array(range(len(rows)), pa.int32()),
         "line": pa.array([row[4] for row in rows], pa.int64()),
     }
@@ -92,7 +98,9 @@ def _examples(
     data = DataConfig(**settings["data"])
     evaluation = np.load(Path(settings["store"]) / EVALUATION_FILE, mmap_mode="r")
     fingerprints: dict[int, bytes] = {}
-    maker = _cached_maker(settings["model_dir"], settings["chat_template"], json.dumps(settings["data"]))
+    maker = _cached_maker(
+        settings["model_dir"], settings["chat_template"], json.dumps(settings["data"]), settings["tokenising"]
+    )
     source = printable(part.path)
 
     def parsed() -> Iterator[tuple[int, Conversation | RecordError]]:
@@ -130,7 +138,8 @@ def _examples(
 
 
 @lru_cache(maxsize=1)
-def _cached_maker(model_dir: str, chat_template: str | None, data: str) -> ConversationTokenizer:
+def _cached_maker(model_dir: str, chat_template: str | None, data: str, tokenising: str) -> ConversationTokenizer:
+    """`tokenising` is a digest of the contents of the files that are read here, which a process may outlive."""
     return ConversationTokenizer(
         load_tokenizer(model_dir, chat_template=chat_template), DataConfig.model_validate_json(data)
     )

@@ -7,6 +7,7 @@ a rank reads its packs from one contiguous place. Suffixes: T tokens of a pack, 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,8 @@ SCHEMA = pa.schema(
         ("loss_weight", pa.large_list(pa.uint8())),  # per cent
     ]
 )
+STORE_FORMAT = 1
+"""Part of every store's digest: raise it with each change of what is made of a conversation, or of its files."""
 BYTES_PER_TOKEN = 5  # an id and its weight
 ROWS_PER_BATCH = 1_024
 TOKENS_PER_BATCH = 1 << 20
@@ -71,29 +74,35 @@ class ExampleIndex:
     sum_weights: np.ndarray
     """float64[n]: sum of the targets' weights, in whole tokens."""
     file: np.ndarray
-    """int32[n]: number of the store file, as in part-00012.arrow."""
+    """int32[n]: number of the store file, a place in `parts`."""
     row: np.ndarray
     """int32[n]: row in that file."""
     source: np.ndarray
     """object[n] of str: name of the corpus entry it came from."""
     heldout: np.ndarray
     """bool[n]: kept out of training."""
+    parts: tuple[str, ...] = ()
+    """Names of the store's files, in the order of the corpus."""
 
     def __len__(self) -> int:
         return len(self.length)
 
     def save(self, path: Path) -> None:
-        columns = {field.name: pa.array(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        """Writes the columns, with the names of the parts beside the schema."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "parts"]
+        table = pa.table({name: pa.array(getattr(self, name)) for name in names})
         with whole_file(path) as temporary:
-            pq.write_table(pa.table(columns), temporary, compression="zstd")
+            table = table.replace_schema_metadata({"parts": json.dumps(self.parts)})
+            pq.write_table(table, temporary, compression="zstd")
 
     @staticmethod
     def load(path: Path) -> ExampleIndex:
         """Raises PackFormatError where there is no such index."""
         try:
             table = pq.read_table(path)
-            return ExampleIndex(**{name: table[name].to_numpy() for name in table.column_names})
-        except (OSError, pa.ArrowInvalid, TypeError) as error:
+            columns = {name: table[name].to_numpy() for name in table.column_names}
+            return ExampleIndex(**columns, parts=tuple(json.loads(table.schema.metadata[b"parts"])))
+        except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
             raise PackFormatError(f"{path} is no index of a token store ({error}); run `longalign prepare`") from error
 
 
@@ -222,6 +231,6 @@ class TokenStore:
         """
         number = int(self.index.file[row])
         if number not in self._files:
-            self._files[number] = BatchFile(self.directory / part_name(number))
+            self._files[number] = BatchFile(self.directory / self.index.parts[number])
         example = self._files[number].example(int(self.index.row[row]))
         return Example(self.index.example_id[row], example.input_ids, example.loss_weight)

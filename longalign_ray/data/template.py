@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from longalign_ray.data.store import STORE_FORMAT
 from longalign_ray.errors import ModelError
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase; named here so that this file imports without transformers
 
 TEMPLATES = Path(__file__).parent / "templates"
 BUILT_IN = ("chatml", "llama-2", "chatglm3-rounds")
+TOKENIZER_FILE = re.compile(r"token|template|^vocab|^merges|\.model$|\.jinja$")
 CHATML_END = "<|im_end|>"
 
 
@@ -36,13 +40,7 @@ def load_tokenizer(model_dir: str | Path, *, chat_template: str | None = None) -
     if chat_template in BUILT_IN:
         tokenizer.chat_template = built_in_template(chat_template, tokenizer)
     elif chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ModelError(
-                f"model.chat_template = {chat_template} is no built-in template ({', '.join(BUILT_IN)}), and as a file "
-                f"it cannot be read ({error.strerror})"
-            ) from error
+        tokenizer.chat_template = _template_text(chat_template)
     if not tokenizer.chat_template:
         raise ModelError(
             f"the tokenizer of {model_dir} has no chat template; name one with model.chat_template=NAME, of "
@@ -62,7 +60,28 @@ def built_in_template(name: str, tokenizer: Tokenizer) -> str:
         raise ModelError(f"model.chat_template = {name} ends turns with EOS, and the tokenizer has none; set eos_token")
     constants = {"prefix": tokenizer_prefix(tokenizer), "end_of_turn": end_of_turn}
     header = "".join(f"{{%- set {key} = {json.dumps(value)} -%}}\n" for key, value in constants.items())
-    return header + (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    return header + _template_text(name)
+
+
+def _template_text(chat_template: str) -> str:
+    path = TEMPLATES / f"{chat_template}.jinja" if chat_template in BUILT_IN else Path(chat_template)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"model.chat_template = {chat_template} is no built-in template ({', '.join(BUILT_IN)}), and as a file "
+            f"it cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from error
+
+
+def tokenising_state(model_dir: str | Path, chat_template: str | None) -> list[Any]:
+    """What the tokens and weights of a conversation depend on beside the settings: the package's STORE_FORMAT, the text
+    of the chat template, and a hash of each file that the tokenizer is read from, none where `model_dir` is no
+    directory here. A copy elsewhere has the same state. Raises ModelError where the template cannot be read.
+    """
+    files = sorted(path for path in Path(model_dir).glob("*") if TOKENIZER_FILE.search(path.name) and path.is_file())
+    hashes = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+    return [STORE_FORMAT, None if chat_template is None else _template_text(chat_template), hashes]
 
 
 def tokenizer_prefix(tokenizer: Tokenizer) -> str:

@@ -71,6 +71,7 @@ def quickstart_store(directory: Path, number: int) -> TokenStore:
         row=np.arange(len(chosen), dtype=np.int32),
         source=index.source[chosen],
         heldout=np.zeros(len(chosen), np.bool_),
+        parts=(part_name(0),),
     ).save(store / "index.parquet")
     return TokenStore(store)
 

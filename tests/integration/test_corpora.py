@@ -228,17 +228,31 @@ def test_a_broken_file_stops_prepare_and_the_rest_is_kept(tiny_model_dir: Path, 
         whole.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     whole_bytes = whole.read_bytes()
     whole.write_bytes(whole_bytes[:-20])
-    recipe = write_recipe(tmp_path, tiny_model_dir, corpus={"paths": [str(good), str(whole)]})
+    worse = tmp_path / "worse.parquet"
+    worse.write_bytes(b"PAR1 and no more")
+    sources = {"a": {"paths": [str(worse), str(good)]}, "b": {"paths": [str(whole)]}}
+    recipe = write_recipe(tmp_path, tiny_model_dir, corpus={"sources": sources})
     with pytest.raises(CorpusError) as caught:
         prepare(recipe)
     message = str(caught.value)
-    assert f"{whole} cannot be read" in message
-    assert "copy it again whole, or leave it out" in message
-    assert len(message) < 600
+    for setting, path in (("corpus.sources.a.paths", worse), ("corpus.sources.b.paths", whole)):
+        assert f"{setting}: {path} cannot be read" in message
+    assert message.count("copy it again whole, or leave it out") == 2
+    assert len(message) < 900
     assert "Traceback" not in message
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/prepare/store").glob("part-*")}
+    assert len(done) == 3
+    # One is copied again, the other left out, and a setting is changed that touches no token.
     whole.write_bytes(whole_bytes)
-    manifest, _ = prepare(recipe)
+    mended = f"corpus.sources={json.dumps(sources | {'a': {'paths': [str(good)]}})}"
+    manifest, run_dir = prepare(recipe, mended, "data.heldout_fraction=0.2")
     assert manifest.counts["examples"] == 60
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    store = TokenStore(run_dir.store)
+    assert [store.index.source[row] for row in (0, 29, 30, 59)] == ["a", "a", "b", "b"]
+    assert store.index.example_id[[0, 30]].tolist() == ["talk-0", "talk-0#2"]
+    assert [store.example(row).length for row in range(60)] == store.index.length.tolist()
+    assert len(list(run_dir.store.glob("part-*"))) == 6
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -168,13 +168,14 @@ def test_a_file_that_cannot_be_written_is_named_and_what_was_done_is_kept(tiny_m
     paths = [str(write_corpus(tmp_path / f"part{n}.jsonl", 40, seed=n)) for n in range(3)]
     recipe = write_recipe(tmp_path, tiny_model_dir, corpus={"paths": paths})
     manifest, run_dir = prepare(recipe)
-    for path in [*run_dir.store.glob("part-00001.*"), run_dir.manifest("prepare")]:
+    middle = TokenStore(run_dir.store).index.parts[1]
+    for path in [*run_dir.store.glob(f"{Path(middle).stem}.*"), run_dir.manifest("prepare")]:
         path.unlink()
     kept = {path: path.stat().st_mtime_ns for path in run_dir.store.glob("part-*")}
-    (run_dir.store / "part-00001.arrow").mkdir()  # where the file is to be
+    (run_dir.store / middle).mkdir()  # where the file is to be
     with pytest.raises(CorpusError, match=f"{run_dir.store} cannot be written; is there space left"):
         prepare(recipe)
-    (run_dir.store / "part-00001.arrow").rmdir()
+    (run_dir.store / middle).rmdir()
     assert {path: path.stat().st_mtime_ns for path in run_dir.store.glob("part-*")} == kept
     assert prepare(recipe)[0].counts == manifest.counts
 

@@ -61,6 +61,7 @@ def _write_store(store: Path) -> None:
         row=np.arange(len(examples), dtype=np.int32),
         source=np.full(len(examples), "corpus", object),
         heldout=np.isin(np.arange(len(examples)), list(HELDOUT)),
+        parts=(part_name(0),),
     ).save(store / "index.parquet")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from longalign_ray import stage_state, stages
 from longalign_ray.config import RunConfig
 from longalign_ray.config_load import load_config
-from longalign_ray.errors import CorpusError, LongAlignError, PlanMismatchError
+from longalign_ray.errors import CorpusError, LongAlignError, ModelError, PlanMismatchError
 from longalign_ray.run_dir import Manifest, RunDir, write_json
 from longalign_ray.train.checkpoint import TrainState
 from longalign_ray.train.checkpoint_store import CheckpointStore
@@ -63,6 +64,34 @@ def test_a_changed_corpus_or_a_lost_output_is_due(tmp_path: Path) -> None:
     digest = stage_state.stage_digest(config, run_dir, "prepare")
     Manifest("prepare", digest, [], [str(tmp_path / "gone")], {}, {}).save(run_dir.manifest("prepare"))
     assert stage_state.is_done(config, run_dir, "prepare") is None
+
+
+def test_a_changed_template_or_tokenizer_or_format_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, template, model = RunDir(tmp_path / "run"), tmp_path / "own.jinja", tmp_path / "model"
+    model.mkdir()
+    for path in (template, model / "tokenizer.json", model / "model.safetensors"):
+        path.write_text("one")
+    config = config_of(tmp_path, f"model.chat_template={template}", f"model.path={model}")
+
+    def due() -> bool:
+        found = stage_state.is_done(config, run_dir, "prepare") is None
+        mark_done(config, run_dir, "prepare")
+        return found
+
+    assert due()
+    assert not due()
+    for path in (template, model / "tokenizer.json", model / "chat_template.jinja"):
+        path.write_text("two")
+        assert due(), path
+        os.utime(path, ns=(1, 1))  # the same text at another time
+        assert not due(), path
+    (model / "model.safetensors").write_text("two")
+    assert not due()
+    monkeypatch.setattr("longalign_ray.data.template.STORE_FORMAT", 1_000)
+    assert due()
+    template.unlink()
+    with pytest.raises(ModelError, match=r"own\.jinja is no built-in template"):
+        due()
 
 
 def test_what_comes_before_makes_the_rest_due(tmp_path: Path) -> None:

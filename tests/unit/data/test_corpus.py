@@ -8,6 +8,7 @@ import random
 import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -294,10 +295,42 @@ def test_a_hub_data_set_is_read_shard_by_shard(hub_dataset: Path) -> None:
     assert sorted(record["text"] for _, record in read) == [f"{shard} {i}" for shard in range(3) for i in range(4)]
     assert sorted(number for number, _ in read) == list(range(1, 13))
     assert read_all(f"hf://{hub_dataset}?split=test") == [(1, {"text": "test"})]
+    before = corpus_files([f"hf://{hub_dataset}"])
+    os.utime(hub_dataset / "train-1.jsonl", ns=(1, 1))
+    assert corpus_files([f"hf://{hub_dataset}"]) != before
     with pytest.raises(CorpusError, match="the argument 'subset'; known: name, split"):
         read_all(f"hf://{hub_dataset}?subset=a")
     with pytest.raises(CorpusError, match="neither a file here nor a data set"):
         read_all(f"hf://{hub_dataset}?split=validation")
+
+
+def test_a_hub_data_set_is_read_at_the_commit_it_was_found_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a hub that has one data set, at one commit and then at another."""
+    pytest.importorskip("datasets")
+    commits, loaded = ["a" * 40, "b" * 40], []
+
+    def dataset_info(_: Any, path: str, *, revision: str | None, timeout: float) -> Any:
+        if path != "org/name":
+            raise ConnectionError("no network")
+        return SimpleNamespace(sha=commits.pop(0))
+
+    def load_dataset(path: str, **arguments: Any) -> Any:
+        loaded.append((path, arguments["revision"]))
+        return SimpleNamespace(num_shards=1, shard=lambda **_: [{"text": "t"}])
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    states = []
+    for commit in list(commits):
+        (file,) = corpus_files(["org/name"])
+        (part,) = cut_into_slices(file)
+        assert list(read_records(part)) == [(1, {"text": "t"})]
+        assert loaded == [("org/name", commit)] * 2
+        loaded.clear()
+        states.append(file.state)
+    assert states[0] != states[1]
+    pinned = f"hf://org/name?revision={'c' * 40}"  # nothing to ask
+    assert [file.version for file in corpus_files([pinned, "hf://org/gone"])] == ["c" * 40, ""]
 
 
 def test_without_datasets_a_hub_id_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

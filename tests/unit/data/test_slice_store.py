@@ -13,8 +13,8 @@ import pytest
 
 from longalign_ray.config import DataConfig
 from longalign_ray.data.pipeline import _write_packed_slice
-from longalign_ray.data.slice_store import EVALUATION_FILE, index_file, summary_file, tokenise_slice
-from longalign_ray.data.store import BatchFile, part_name
+from longalign_ray.data.slice_store import EVALUATION_FILE, index_file, summary_file, tokenise_slice, tokens_file
+from longalign_ray.data.store import BatchFile
 from tests.unit.data.test_store import plan_for, random_examples, write_store
 
 
@@ -26,13 +26,14 @@ def settings_of(store: Path, model_dir: Path, **data: Any) -> dict[str, Any]:
         "role_order": "any",
         "model_dir": str(model_dir),
         "chat_template": None,
+        "tokenising": "",
         "store": str(store),
     }
 
 
-def item_of(path: Path, number: int) -> dict[str, Any]:
+def item_of(path: Path, name: str = "part-a") -> dict[str, Any]:
     part = {"path": str(path), "start": 0, "end": path.stat().st_size, "first_line": 1, "format": "jsonl"}
-    return {"number": number, "style": "auto", "compression": None, "endpoint": None, **part}
+    return {"name": name, "setting": "corpus.paths", "style": "auto", "compression": None, "endpoint": None, **part}
 
 
 def test_records_are_kept_cut_or_rejected_and_counted(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -44,11 +45,11 @@ def test_records_are_kept_cut_or_rejected_and_counted(tiny_model_dir: Path, tmp_
     corpus, store = tmp_path / "corpus.jsonl", tmp_path / "store"
     corpus.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     settings = settings_of(store, tiny_model_dir, max_length=100, too_long="cut_right")
-    assert tokenise_slice(item_of(corpus, 3), settings) == {"number": 3, "problem": ""}
+    assert tokenise_slice(item_of(corpus), settings) == {"name": "part-a", "problem": ""}
 
-    summary = json.loads(summary_file(store, 3).read_text(encoding="utf-8"))
-    index = pq.read_table(index_file(store, 3)).to_pydict()
-    file = BatchFile(store / part_name(3))
+    summary = json.loads(summary_file(store, "part-a").read_text(encoding="utf-8"))
+    index = pq.read_table(index_file(store, "part-a")).to_pydict()
+    file = BatchFile(tokens_file(store, "part-a"))
     whole = 40 + 60 + (index["length"][0] - 61)  # what the short one has beside its 1 + 60 letters
     assert index["length"] == [index["length"][0], 100, 100, 100, 31]
     assert summary["counts"] == {
@@ -57,7 +58,6 @@ def test_records_are_kept_cut_or_rejected_and_counted(tiny_model_dir: Path, tmp_
     assert [(reject["line"], reject["reason"]) for reject in summary["rejects"]][1:] == [(5, "no_target_left")]
     assert summary["rejects"][0]["line"] == 4
     assert index["line"] == [1, 2, 3, 3, 3]
-    assert index["file"] == [3] * 5
     assert index["row"] == list(range(5))
     examples = [file.example(row) for row in range(5)]
     assert [example.example_id for example in examples] == index["example_id"]
@@ -68,12 +68,26 @@ def test_records_are_kept_cut_or_rejected_and_counted(tiny_model_dir: Path, tmp_
 def test_a_slice_that_is_done_is_not_read_again(tiny_model_dir: Path, tmp_path: Path) -> None:
     corpus, settings = tmp_path / "corpus.jsonl", settings_of(tmp_path / "store", tiny_model_dir)
     corpus.write_text(json.dumps({"text": "some text"}), encoding="utf-8")
-    item = item_of(corpus, 0)
+    item = item_of(corpus)
     tokenise_slice(dict(item), settings)
     corpus.unlink()
     assert tokenise_slice(dict(item), settings)["problem"] == ""
-    summary_file(tmp_path / "store", 0).unlink()
-    assert str(corpus) in tokenise_slice(dict(item), settings)["problem"]
+    summary_file(tmp_path / "store", "part-a").unlink()
+    assert tokenise_slice(dict(item), settings)["problem"].startswith(f"corpus.paths: {corpus} cannot be read")
+
+
+def test_a_worker_that_outlives_a_chat_template_reads_it_anew(tiny_model_dir: Path, tmp_path: Path) -> None:
+    corpus, template = tmp_path / "corpus.jsonl", tmp_path / "own.jinja"
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    corpus.write_text(json.dumps({"messages": turns}), encoding="utf-8")
+    settings = settings_of(tmp_path / "store", tiny_model_dir) | {"chat_template": str(template)}
+    lengths = []
+    for cue in ("A", "AAAA"):
+        text = "{% for m in messages %}{{ '" + cue + "' + m.content }}<|im_end|>{% endfor %}"
+        template.write_text(text, encoding="utf-8")
+        assert tokenise_slice(item_of(corpus, f"part-{cue}"), settings | {"tokenising": cue})["problem"] == ""
+        lengths += pq.read_table(index_file(tmp_path / "store", f"part-{cue}"))["length"].to_pylist()
+    assert lengths[1] - lengths[0] == 2 * 3
 
 
 FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, where every write fails")
@@ -103,12 +117,12 @@ def test_a_full_disk_is_named_and_the_slice_is_not_done(
     corpus, settings = tmp_path / "corpus.jsonl", settings_of(tmp_path / "store", tiny_model_dir)
     corpus.write_text(json.dumps({"text": "some text"}), encoding="utf-8")
     full_disk(ending)
-    problem = tokenise_slice(item_of(corpus, 0), settings)["problem"]
+    problem = tokenise_slice(item_of(corpus), settings)["problem"]
     assert problem.startswith(f"{tmp_path / 'store'} cannot be written; is there space left? ")
-    assert not summary_file(tmp_path / "store", 0).exists()
+    assert not summary_file(tmp_path / "store", "part-a").exists()
     assert not list((tmp_path / "store").glob("*.tmp"))
     full_disk("nothing")
-    assert tokenise_slice(item_of(corpus, 0), settings)["problem"] == ""
+    assert tokenise_slice(item_of(corpus), settings)["problem"] == ""
 
 
 @FULL

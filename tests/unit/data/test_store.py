@@ -40,6 +40,7 @@ def write_store(directory: Path, parts: list[list[Example]]) -> TokenStore:
         row=np.concatenate([np.arange(len(part), dtype=np.int32) for part in parts]),
         source=np.full(len(flat), "corpus", object),
         heldout=np.zeros(len(flat), np.bool_),
+        parts=tuple(part_name(number) for number in range(len(parts))),
     ).save(directory / "index.parquet")
     return TokenStore(directory)
 
