@@ -83,7 +83,7 @@ def sharded_loading(config: TrainConfig, *, dtype: str) -> Iterator[None]:
         yield
         return
     _import_deepspeed()
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     loading = HfDeepSpeedConfig(deepspeed_config(config, dtype=dtype, micro_steps=1))
     try:
