@@ -110,6 +110,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 grad_weight_VD += grad_logits_CV.T @ hidden_CD
             if grad_bias_V is not None:
                 grad_bias_V += grad_logits_CV.sum(0)
+            del logits_CV, grad_logits_CV  # else they would lie beside those of the next chunk
         ctx.gradients = grad_hidden_ND, grad_weight_VD, grad_bias_V
         ctx.dtype = hidden_ND.dtype
         return loss

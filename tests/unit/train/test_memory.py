@@ -54,22 +54,24 @@ PUBLISHED = [
 ]
 
 
-def published_levers(ranks: int, names: tuple[str, ...], tiled_head: bool) -> Levers:
-    return with_levers(Levers(ranks=ranks, sp_degree=ranks, head_chunk=1_024 if tiled_head else None), names)
+def published_levers(ranks: int, names: tuple[str, ...]) -> Levers:
+    return with_levers(Levers(ranks=ranks, sp_degree=ranks), names)
 
 
 def test_published_peaks() -> None:
+    """With the head of those runs: 12 bytes a logit, of all positions or of 1,024, and no gradient of its own."""
     errors = []
     for shape, tokens, ranks, names, tiled_head, peak in PUBLISHED:
-        terms = memory_terms(shape, tokens_per_rank=tokens / ranks, levers=published_levers(ranks, names, tiled_head))
-        errors.append(terms.rank / 1e9 / peak - 1)
+        terms = memory_terms(shape, tokens_per_rank=tokens / ranks, levers=published_levers(ranks, names))
+        their_head = 12 * shape.vocabulary * (1_024 if tiled_head else tokens / ranks)
+        errors.append(replace(terms, head=their_head).rank / 1e9 / peak - 1)
     told = [f"{error:+.1%}" for error in errors]
-    assert max(map(abs, errors)) < 0.1005, told  # the worst is +10.0 %, of 8B at 300k
+    assert max(map(abs, errors)) < 0.1, told  # the worst is +9.5 %, of 8B at 300k
     assert abs(sum(errors) / len(errors)) < 0.01, told
 
 
 def test_host_memory_of_the_published_run_at_its_brink() -> None:
-    terms = memory_terms(LLAMA_70B, tokens_per_rank=4_000_000 / 32, levers=published_levers(32, LONG, True))
+    terms = memory_terms(LLAMA_70B, tokens_per_rank=4_000_000 / 32, levers=published_levers(32, LONG))
     assert terms.node == pytest.approx(1_593e9, rel=1e-3)  # of 1,900 GB
 
 
@@ -80,11 +82,11 @@ def test_host_memory_of_the_published_run_at_its_brink() -> None:
         (LLAMA_8B, 1, 1, ALL_ON_HOST, 171e3),
         (LLAMA_8B, 4, 4, (), 326e3),
         (LLAMA_8B, 8, 8, (), 1.01e6),
-        (LLAMA_8B, 8, 8, ("optimizer_on_host", "checkpoints_on_host"), 4.84e6),
-        (LLAMA_8B, 512, 8, (), 1.35e6),
+        (LLAMA_8B, 8, 8, ("optimizer_on_host", "checkpoints_on_host"), 4.87e6),
+        (LLAMA_8B, 512, 8, (), 1.36e6),
         (LLAMA_70B, 16, 16, (), 0),
-        (LLAMA_70B, 32, 32, (), 472e3),
-        (LLAMA_70B, 8, 8, ("optimizer_on_host",), 215e3),
+        (LLAMA_70B, 32, 32, (), 360e3),
+        (LLAMA_70B, 8, 8, ("optimizer_on_host",), 188e3),
         (LLAMA_70B, 8, 8, ("optimizer_on_host", "checkpoints_on_host"), 512e3),  # the host binds
         (LLAMA_70B, 64, 64, ("optimizer_on_host", "checkpoints_on_host"), 10.1e6),
     ],
@@ -125,13 +127,13 @@ def test_activations_by_hand() -> None:
     assert terms.checkpoints == 2 * 8 * 3 * 10
     assert terms.attention == 2 * (7 * 8 + 2 * 4 + 2 * 4 * 2) * 10 + 8 * 8 * 10
     assert terms.mlp == 10 * 16 * 10 + 8 * 8 * 10
-    assert terms.head == 12 * 100 * 10
+    assert terms.head == (2 + 4) * 100 * (10 + 8) + 12 * 8 * 10
     sizes = [terms.parameters, terms.gradients, terms.optimizer, terms.gathered, terms.checkpoints, terms.head, 8e9]
-    assert terms.rank == pytest.approx(1.05 * sum(sizes), rel=1e-12)
+    assert terms.rank == pytest.approx(1.045 * sum(sizes), rel=1e-12)
     assert terms.node == 0
     tiled = memory_terms(SMALL, tokens_per_rank=10, levers=Levers(ranks=4, tiled_mlp=True, head_chunk=4))
     assert tiled.mlp == 10 * 16 * 8 + 8 * 8 * 10  # 8 tokens, the hidden width, at a time
-    assert tiled.head == 12 * 100 * 4
+    assert tiled.head == (2 + 4) * 100 * (4 + 8) + 12 * 8 * 10
     assert tiled.attention == 2 * (7 * 8 + 2 * 4 + 2 * 4) * 10 + 8 * 8 * 10
 
 
@@ -160,7 +162,8 @@ def test_on_a_cpu_by_hand() -> None:
     assert (terms.parameters, terms.gradients, terms.optimizer) == (4 * N, 4 * N, 8 * N)
     attention, mlp = 4 * (56 + 8 + 8) * 1_000 + 16 * 8 * 1_000, 20 * 16 * 1_000 + 16 * 8 * 1_000
     assert (terms.attention, terms.mlp) == (attention, mlp)
-    assert terms.working == max(attention + mlp, 12 * 100 * 1_000)
+    assert terms.head == 4 * 100 * (1_000 + 8) + 20 * 8 * 1_000  # nothing is rounded
+    assert terms.working == max(attention + mlp, terms.head) == attention + mlp
     assert terms.rank == 16 * N + 4 * 8 * 3 * 1_000 + terms.working + CPU_FIXED
     assert terms.node == 2 * terms.rank
     kept = memory_terms(
