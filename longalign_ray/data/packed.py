@@ -54,7 +54,7 @@ class PackReader:
         self.packed_dir = packed_dir
         self.steps_per_file = _steps_per_file(packed_dir, plan)
         self.store = TokenStore(store_dir)
-        if int(plan.example_rows.max()) >= len(self.store.index):
+        if int(plan.example_rows.max()) >= len(self.store):
             raise PlanMismatchError(f"the plan does not belong to the store {store_dir}; run `longalign prepare` again")
         self._file = lru_cache(maxsize=4)(lambda number: BatchFile(packed_dir / part_name(number)))
 
