@@ -243,6 +243,10 @@ class PackingConfig(Section):
     """Tokens that a rank holds in a micro-step at most; a pack has this many for each of `train.sp_degree` ranks."""
     packs_per_step: PositiveInt = 8
     """Packs of one optimizer step over all ranks and micro-steps; independent of the number of ranks."""
+    write_blocks: bool = True
+    """Sort the store into packed blocks, which a rank reads from one end to the other: a second copy of the tokens for
+    each epoch, so ten for train.epochs=10, at 5 bytes a token. `false`: training reads each example from its place in
+    the store, which suits a local disk."""
     steps_per_file: PositiveInt | None = None
     """Optimizer steps whose packs share one file of packed blocks; none: as many as fill 16 MB."""
 

@@ -102,7 +102,7 @@ def construct(config: RunConfig, run_dir: RunDir) -> Manifest:
 
 
 def prepare(config: RunConfig, run_dir: RunDir) -> Manifest:
-    """Tokenises the corpus into the store, plans packs, and sorts the store into packed blocks."""
+    """Tokenises the corpus into the store, plans packs, and sorts the store into packed blocks if asked for."""
     from longalign_ray.data.pipeline import prepare as build
 
     corpus = corpus_sources(config, run_dir)
@@ -113,7 +113,7 @@ def prepare(config: RunConfig, run_dir: RunDir) -> Manifest:
         _check_window(config, model_dir)
         connect_ray(config)
         made = build(config, run_dir, model_dir=model_dir, corpus=corpus)
-        outputs = [run_dir.store, run_dir.plan, run_dir.packed]
+        outputs = [run_dir.store, run_dir.plan, *([run_dir.packed] if config.packing.write_blocks else [])]
         inputs = [path for source in corpus.values() for path in source.paths]
         return _manifest(config, run_dir, "prepare", inputs, outputs, made.counts, made.dropped_by_reason)
 
@@ -121,7 +121,7 @@ def prepare(config: RunConfig, run_dir: RunDir) -> Manifest:
 
 
 def train(config: RunConfig, run_dir: RunDir) -> Manifest:
-    """Trains from the packed blocks; an interrupted run continues from its newest checkpoint."""
+    """Trains from the packed blocks or, without, the store; an interrupted run continues from its newest checkpoint."""
     from longalign_ray.data.pipeline import model_shape, plan_for, plan_settings
     from longalign_ray.data.plan import StepPlan
     from longalign_ray.data.store import ExampleIndex

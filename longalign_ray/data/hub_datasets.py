@@ -43,9 +43,10 @@ def hub_version(address: str) -> str:
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:  # what is missing is said where the data set is read
         return ""
+    errors = (*HfHubHTTPError.__bases__, OSError, ValueError)  # the first base: any error of the hub's HTTP package
     try:
         return HfApi().dataset_info(path, revision=revision, timeout=10).sha or ""
-    except (*HfHubHTTPError.__bases__, OSError, ValueError) as error:  # the first base: any error of its HTTP package
+    except errors as error:  # pyright: ignore
         logger.warning("%s: the hub does not tell its commit (%s)", address, " ".join(str(error).split())[:200])
         return ""
 

@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from longalign_ray.data.dedup import check_dedup, without_duplicates
 from longalign_ray.data.example_ids import unique_ids
 from longalign_ray.data.make_plan import PlanSettings, make_plan
 from longalign_ray.data.mixture import training_rows, use_of_sources
-from longalign_ray.data.packed import num_packed_files, steps_for_block, write_layout, write_packed_file
+from longalign_ray.data.packed import LAYOUT_FILE, num_packed_files, steps_for_block, write_layout, write_packed_file
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.record_styles import printable
 from longalign_ray.data.slice_store import EVALUATION_FILE, index_file, summary_file, tokenise_slice, tokens_file
@@ -60,8 +61,11 @@ def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Mapp
     index.save(run_dir.store / "index.parquet")
     plan = plan_for(config, index, model_dir, plan_settings(config, world_size=config.train.max_workers))
     plan.save(run_dir.plan)
-    steps_per_file = config.packing.steps_per_file or steps_for_block(plan)
-    num_packs = _write_packed(run_dir, plan, parts=parts, steps_per_file=steps_per_file)
+    if config.packing.write_blocks:
+        steps_per_file = config.packing.steps_per_file or steps_for_block(plan)
+        _write_packed(run_dir, plan, parts=parts, steps_per_file=steps_per_file)
+    elif run_dir.packed.exists():
+        _remove(run_dir.packed)
     planned = np.unique(plan.example_rows).size
     uses = use_of_sources(index, config.mixture, config.corpus.named, seed=config.seed, epochs=config.train.epochs)
     counts |= {
@@ -69,14 +73,14 @@ def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Mapp
         "planned": planned,
         "tokens": int(index.length.sum()),
         "targets": int(index.num_targets.sum()),
-        "packs": num_packs,
+        "packs": plan.num_packs,
         "steps": plan.num_steps,
         "fill": plan.fill(),
         "time_over_ideal": plan.time_over_ideal(),
         "carried": plan.num_carried,
     }
     for name, use in uses.items():
-        if len(uses) > 1:
+        if config.corpus.sources:
             counts |= {f"examples.{name}": use.examples, f"tokens.{name}": use.tokens}
         dropped |= {f"{reason}.{name}": number for reason, number in use.left_out.items()}
     if left := sum(use.available - sum(use.left_out.values()) for use in uses.values()) - planned:
@@ -193,12 +197,19 @@ def _keep_if_same(directory: Path, fingerprint: str) -> None:
     """Empties a directory that holds the work of another fingerprint, else removes what killed writers left there."""
     mark = directory / "fingerprint"
     if not mark.exists() or mark.read_text(encoding="utf-8") != fingerprint:
-        mark.unlink(missing_ok=True)  # first: a directory half emptied is to have no mark
-        shutil.rmtree(directory, ignore_errors=True)
+        if directory.exists():
+            _remove(directory)
         directory.mkdir(parents=True)
         mark.write_text(fingerprint, encoding="utf-8")
     for leftover in directory.glob("*.tmp"):
         leftover.unlink()
+
+
+def _remove(directory: Path) -> None:
+    """Its mark and its layout go first, so that nothing takes a directory half emptied for whole."""
+    for name in ("fingerprint", LAYOUT_FILE):
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory)
 
 
 def _each(items: list[dict[str, Any]], function: Any, settings: dict[str, Any]) -> Iterable[dict[str, Any]]:
@@ -250,17 +261,17 @@ def choose_heldout(example_id: np.ndarray, *, fraction: float, at_most: int, see
     return chosen
 
 
-def _write_packed(run_dir: RunDir, plan: StepPlan, *, parts: tuple[str, ...], steps_per_file: int) -> int:
-    """Sorts the store into plan order, a task a file of packs; returns the number of packs."""
+def _write_packed(run_dir: RunDir, plan: StepPlan, *, parts: tuple[str, ...], steps_per_file: int) -> None:
+    """Sorts the store into plan order, a task a file of packs."""
     settings = {
         "store": str(run_dir.store.resolve()),
         "plan": str(run_dir.plan.resolve()),
         "packed": str(run_dir.packed.resolve()),
         "steps_per_file": steps_per_file,
+        "layout": digest(plan.layout_digest, steps_per_file, parts),
     }
     num_files = num_packed_files(plan, steps_per_file)
-    num_packs = int((plan.slot_tokens() > 0).sum())
-    _keep_if_same(run_dir.packed, digest(plan.layout_digest, steps_per_file, parts))
+    _keep_if_same(run_dir.packed, settings["layout"])
     with progress("prepare: packed files written", num_files) as bar:
         items = [{"number": number} for number in range(num_files)]
         problems = []
@@ -270,7 +281,6 @@ def _write_packed(run_dir: RunDir, plan: StepPlan, *, parts: tuple[str, ...], st
     if problems:
         raise LongAlignError(listed(sorted(set(problems))))
     write_layout(run_dir.packed, plan, steps_per_file=steps_per_file)
-    return num_packs
 
 
 def _write_packed_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -278,13 +288,14 @@ def _write_packed_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[
     number, directory = item["number"], Path(settings["packed"])
     try:
         if not (directory / part_name(number)).exists():
-            write_packed_file(
-                TokenStore(Path(settings["store"])),
-                StepPlan.load(Path(settings["plan"])),
-                number,
-                steps_per_file=settings["steps_per_file"],
-                directory=directory,
-            )
+            store, plan = _cached_inputs(settings["store"], settings["plan"], settings["layout"])
+            write_packed_file(store, plan, number, steps_per_file=settings["steps_per_file"], directory=directory)
     except LongAlignError as error:
         return {"number": number, "problem": str(error)}
     return {"number": number, "problem": ""}
+
+
+@lru_cache(maxsize=1)
+def _cached_inputs(store: str, plan: str, layout: str) -> tuple[TokenStore, StepPlan]:
+    """Read once by a process for all its tasks of one `layout`, the fingerprint of the packed blocks."""
+    return TokenStore(Path(store)), StepPlan.load(Path(plan))

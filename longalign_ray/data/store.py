@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,8 @@ STORE_FORMAT = 1
 BYTES_PER_TOKEN = 5  # an id and its weight
 ROWS_PER_BATCH = 1_024
 TOKENS_PER_BATCH = 1 << 20
+INDEX_FILE = "index.parquet"
+MAX_OPEN_FILES = 256  # maps of a reader at a time: each has a file descriptor, of which a process often has 1,024
 FULL_WEIGHT = 100
 """loss_weight of a token that counts in full."""
 
@@ -98,12 +100,9 @@ class ExampleIndex:
     @staticmethod
     def load(path: Path) -> ExampleIndex:
         """Raises PackFormatError where there is no such index."""
-        try:
-            table = pq.read_table(path)
-            columns = {name: table[name].to_numpy() for name in table.column_names}
-            return ExampleIndex(**columns, parts=tuple(json.loads(table.schema.metadata[b"parts"])))
-        except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
-            raise PackFormatError(f"{path} is no index of a token store ({error}); run `longalign prepare`") from error
+        names = [field.name for field in dataclasses.fields(ExampleIndex) if field.name != "parts"]
+        table, parts = _read_index(path, names)
+        return ExampleIndex(**{name: table[name].to_numpy() for name in names}, parts=parts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -220,17 +219,33 @@ class TokenStore:
     """A directory of store files with its index; examples are read by their row in the index."""
 
     def __init__(self, directory: Path):
+        """Raises PackFormatError where there is no index. Of its columns only what finds an example is read here."""
         self.directory = directory
-        self.index = ExampleIndex.load(directory / "index.parquet")
-        self._files: dict[int, BatchFile] = {}
+        table, self._parts = _read_index(directory / INDEX_FILE, ["example_id", "file", "row"])
+        self._names = table["example_id"]
+        self._file, self._row = table["file"].to_numpy(), table["row"].to_numpy()
+        self._open = lru_cache(maxsize=MAX_OPEN_FILES)(lambda number: BatchFile(directory / self._parts[number]))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @cached_property
+    def index(self) -> ExampleIndex:
+        return ExampleIndex.load(self.directory / INDEX_FILE)
 
     def example(self, row: int) -> Example:
         """The example of index row `row`, with its name in the index, where names are unique.
 
         Raises PackFormatError where its file is missing or broken.
         """
-        number = int(self.index.file[row])
-        if number not in self._files:
-            self._files[number] = BatchFile(self.directory / self.index.parts[number])
-        example = self._files[number].example(int(self.index.row[row]))
-        return Example(self.index.example_id[row], example.input_ids, example.loss_weight)
+        example = self._open(int(self._file[row])).example(int(self._row[row]))
+        return Example(self._names[row].as_py(), example.input_ids, example.loss_weight)
+
+
+def _read_index(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Table, tuple[str, ...]]:
+    """Columns of an index (None: all), and the names of the store's files."""
+    try:
+        table = pq.read_table(path, columns=columns)
+        return table, tuple(json.loads(table.schema.metadata[b"parts"]))
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
+        raise PackFormatError(f"{path} is no index of a token store ({error}); run `longalign prepare`") from error

@@ -67,13 +67,19 @@ def test_sources_are_mixed_by_weight(tiny_model_dir: Path, tmp_path: Path) -> No
 
 def test_the_amount_of_long_examples(tiny_model_dir: Path, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl", 60)
-    recipe = write_recipe(tmp_path, tiny_model_dir, corpus={"paths": [str(corpus)]}, mixture={"long_from": 100})
+    recipe = write_recipe(
+        tmp_path,
+        tiny_model_dir,
+        corpus={"sources": {"only": {"paths": [str(corpus)], "repeat": 3}}},
+        mixture={"long_from": 100},
+    )
     manifest, run_dir = prepare(recipe, "mixture.max_long_examples=3")
     index, plan = ExampleIndex.load(run_dir.store / "index.parquet"), StepPlan.load(run_dir.plan)
     long = (index.length >= 100) & ~index.heldout
     assert long.sum() > 10
     assert (index.length[np.unique(plan.example_rows)] >= 100).sum() == 3
-    assert manifest.dropped_by_reason == {"over_max_long_examples.corpus": long.sum() - 3}
+    assert manifest.dropped_by_reason == {"over_max_long_examples.only": long.sum() - 3}
+    assert manifest.counts["examples.only"] == len(plan.example_rows) == 3 * manifest.counts["planned"]
 
 
 def text(seed: int, number: int = 80) -> str:

@@ -32,7 +32,7 @@ def test_texts_and_then_constructed_conversations(
         tiny_model_dir,
         construct={"num_long": 8, "num_short": 6, "min_chars": 1_000, "max_chars": 1_500},
         data={"max_length": 3_000},
-        packing={"capacity": 3_000},
+        packing={"capacity": 3_000, "write_blocks": False},
         train={"max_steps": 3},
         before={"corpus": {"paths": [str(texts)]}, "train": {"num_workers": 1, "max_steps": 2, "learning_rate": 1e-4}},
         serve={"port": port},
@@ -48,6 +48,8 @@ def test_texts_and_then_constructed_conversations(
     assert 0 <= report["needle"]["aligned"]["value"] <= 1
 
     before = RunDir(run_dir.root / "before")
+    assert not before.packed.exists()
+    assert not run_dir.packed.exists()
     text_steps, steps = read_metrics(before.metrics), read_metrics(run_dir.metrics)
     assert sum(row["num_tokens"] for row in text_steps) == 9 * 901
     assert all(row["num_targets"] == row["num_tokens"] - row["num_sequences"] for row in text_steps)

@@ -79,6 +79,15 @@ def test_every_example_is_in_one_pack_and_decodes_to_its_conversation(tiny_model
     index = TokenStore(run_dir.store).index
     assert sorted(seen) == sorted(index.example_id[~index.heldout])
     assert len(set(seen)) == len(seen)
+    packs = [reader.pack(*slot) for slot in np.ndindex(*plan.shape)]
+    manifest, _ = prepare(recipe, "packing.write_blocks=false")
+    assert not run_dir.packed.exists()
+    assert manifest.counts["packs"] == sum(pack is not None for pack in packs)
+    gathered = PackReader(StepPlan.load(run_dir.plan), store_dir=run_dir.store, packed_dir=run_dir.packed)
+    for slot, pack in zip(np.ndindex(*plan.shape), packs, strict=True):
+        other = gathered.pack(*slot)
+        assert (pack and pack.example_ids) == (other and other.example_ids)
+        assert pack is None or pack.loss_weight.tobytes() == other.loss_weight.tobytes()  # pyright: ignore
 
 
 def test_done_is_skipped_and_a_changed_corpus_is_not(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from longalign_ray.config import DataConfig
 from longalign_ray.data.pipeline import _write_packed_slice
+from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.slice_store import EVALUATION_FILE, index_file, summary_file, tokenise_slice, tokens_file
 from longalign_ray.data.store import BatchFile
 from tests.unit.data.test_store import plan_for, random_examples, write_store
@@ -132,6 +133,22 @@ def test_a_full_disk_under_packed_blocks_is_named(tmp_path: Path, full_disk: Cal
     names = {"store": str(store.directory), "plan": str(tmp_path / "plan.npz"), "packed": str(tmp_path / "packed")}
     (tmp_path / "packed").mkdir()
     full_disk(".arrow")
-    problem = _write_packed_slice({"number": 0}, {**names, "steps_per_file": 1})["problem"]
+    problem = _write_packed_slice({"number": 0}, {**names, "steps_per_file": 1, "layout": "x"})["problem"]
     assert problem.startswith(f"{tmp_path / 'packed'} cannot be written; is there space left? ")
     assert not list((tmp_path / "packed").iterdir())
+
+
+def test_a_process_reads_store_and_plan_once_for_all_packed_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = write_store(tmp_path / "store", [random_examples(20)])
+    plan_for(store, world_size=2).save(tmp_path / "plan.npz")
+    names = {"store": str(store.directory), "plan": str(tmp_path / "plan.npz"), "packed": str(tmp_path / "packed")}
+    loads: list[Path] = []
+    load = StepPlan.load
+    monkeypatch.setattr(StepPlan, "load", staticmethod(lambda path: loads.append(path) or load(path)))
+    for number, layout in ((0, "one"), (1, "one"), (2, "two")):  # the second is another plan at the same place
+        settings = {**names, "steps_per_file": 1, "layout": layout}
+        assert _write_packed_slice({"number": number}, settings)["problem"] == ""
+    assert len(loads) == 2
+    assert len(list((tmp_path / "packed").iterdir())) == 3

@@ -61,6 +61,27 @@ def test_rows_come_back_across_files_and_record_batches(tmp_path: Path) -> None:
         assert_equal(store.example(row), examples[row])
 
 
+def test_few_files_are_open_and_the_index_is_read_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longalign_ray.data.store.MAX_OPEN_FILES", 2)
+    opened: list[str] = []
+
+    class Watched(BatchFile):
+        def __init__(self, path: Path):
+            opened.append(path.name)
+            super().__init__(path)
+
+    monkeypatch.setattr("longalign_ray.data.store.BatchFile", Watched)
+    examples = random_examples(8)
+    store = write_store(tmp_path / "store", [examples[n : n + 2] for n in range(0, 8, 2)])
+    for row in (0, 1, 2, 3, 7, 0):
+        assert_equal(store.example(row), examples[row])
+    assert opened == [part_name(number) for number in (0, 1, 3, 0)]
+    assert len(store) == 8
+    assert "index" not in vars(store)
+
+
 def test_first_token_is_never_a_target() -> None:
     example = Example("a", np.arange(3, dtype=np.int32), np.array([100, 0, 29], np.uint8))
     assert (example.num_targets, example.sum_weights) == (1, 0.29)
