@@ -1,4 +1,4 @@
-"""CPU seconds of `prepare`'s tasks (read, parse, template, targets, tokenise, write) beside those of tokenising alone.
+"""CPU seconds of `prepare`'s tasks, all that one does with a slice, beside those of tokenising alone.
 
 Corpus: 10,000 short chats and 200 long documents, each with a question about it, out of the real data beside the
 checkout. The yardstick is `tokenizers.Tokenizer.encode_batch`, which finds offsets, on the same rendered texts; its
@@ -9,24 +9,27 @@ Run: python -m tests.benchmarks.prepare_cost [bundled:smollm2-135m-instruct | MO
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import itertools
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from longalign_ray.config import DataConfig
-from longalign_ray.data.conversation import Conversation, RecordError, parse_record
-from longalign_ray.data.corpus import CorpusSlice, corpus_files, cut_into_slices, read_records
-from longalign_ray.data.store import BatchFile, Example, part_name, write_examples
+import numpy as np
+import pyarrow.parquet as pq
+
+from longalign_ray.config import CorpusConfig, DataConfig
+from longalign_ray.data.conversation import RecordError, parse_record
+from longalign_ray.data.corpus import corpus_files, cut_into_slices
+from longalign_ray.data.slice_store import EVALUATION_FILE, index_file, summary_file, tokenise_slice
 from longalign_ray.data.template import load_tokenizer
-from longalign_ray.data.tokenize import ConversationTokenizer, Tokenized
 from longalign_ray.model_source import local_model_dir
 from tests.conftest import SHARED_DATA
 
@@ -54,20 +57,21 @@ def main() -> None:
 def measure(corpus: Path, store: Path, model_dir: Path, texts: list[str], core: Any, rounds: int) -> None:
     [file] = corpus_files([str(corpus)])
     slices = cut_into_slices(file)
-    maker = ConversationTokenizer(load_tokenizer(model_dir), DataConfig(max_length=131_072))
-
-    def conversations(part: CorpusSlice) -> Iterator[tuple[int, Conversation]]:
-        for number, record in read_records(part):
-            yield number, parse_record(record, source=part.path, line_number=number)
-
-    def examples(part: CorpusSlice) -> Iterator[Example]:
-        for _, made in maker.many(conversations(part)):
-            if isinstance(made, Tokenized):
-                yield from made.examples
+    settings = {
+        "data": DataConfig(max_length=131_072).model_dump(),
+        "role_order": CorpusConfig().role_order,
+        "model_dir": str(model_dir),
+        "chat_template": None,
+        "store": str(store),
+    }
+    np.save(store / EVALUATION_FILE, np.empty(0, np.uint64))
 
     def prepare() -> None:
         for number, part in enumerate(slices):
-            write_examples(store / part_name(number), examples(part))
+            summary_file(store, number).unlink(missing_ok=True)  # a slice that is done is left as it is
+            item = {"number": number, "style": "auto", **dataclasses.asdict(part)}
+            if problem := tokenise_slice(item, settings)["problem"]:
+                raise SystemExit(problem)
 
     def encode() -> None:
         for first in range(0, len(texts), 256):
@@ -78,10 +82,10 @@ def measure(corpus: Path, store: Path, model_dir: Path, texts: list[str], core: 
     for _ in range(rounds):
         seconds["encode_batch"].append(cpu_seconds(encode))
         seconds["prepare"].append(cpu_seconds(prepare))
-    files = [BatchFile(store / part_name(number)) for number in range(len(slices))]
-    num_tokens = sum(
-        example.length for file in files for n in range(len(file.batch_starts) - 1) for example in file.examples(n)
-    )
+    lengths = [pq.read_table(index_file(store, number))["length"].to_numpy() for number in range(len(slices))]
+    num_tokens = int(np.concatenate(lengths).sum())
+    if sum(map(len, lengths)) != len(texts):
+        raise SystemExit(f"{sum(map(len, lengths))} of {len(texts)} conversations became examples")
     best = {name: min(values) for name, values in seconds.items()}
     print(f"{len(texts):,} examples, {num_tokens:,} tokens, {corpus.stat().st_size / 1e6:.0f} MB; {model_dir.name}\n")
     print("| | CPU s | CPU s a million tokens | ratio |\n|---|---|---|---|")

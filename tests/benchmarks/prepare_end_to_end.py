@@ -42,11 +42,22 @@ class Use:
     cpu_seconds: dict[str, float]
     """Of the driver, the workers, and Ray's own processes."""
     driver_peak: int
-    """Bytes of anonymous memory, as the others."""
+    """Bytes of anonymous memory, as the next."""
+    driver_peak_rss: int
+    """With the pages of mapped files."""
     worker_peak: int
     """The largest worker's."""
     worker_peak_rss: int
-    """With the pages of mapped files."""
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """By the heads of the table's columns."""
+        return {
+            "driver, MB anonymous": self.driver_peak,
+            "driver, MB with mapped files": self.driver_peak_rss,
+            "a worker, MB anonymous": self.worker_peak,
+            "a worker, MB with mapped files": self.worker_peak_rss,
+        }
 
 
 def watch(command: list[str], log: Path) -> Use:
@@ -71,7 +82,7 @@ def watch(command: list[str], log: Path) -> Use:
     spent: dict[str, float] = defaultdict(float)
     for (name, _, _), used in cpu.items():
         spent[name] += used
-    return Use(seconds, spent, peaks["driver"], peaks["worker"], peaks["worker rss"])
+    return Use(seconds, spent, *(peaks[name] for name in ("driver", "driver rss", "worker", "worker rss")))
 
 
 def _kind(process: psutil.Process) -> str:
@@ -116,9 +127,10 @@ def main() -> None:
             "of Ray",
             "CPU s over encode_batch",
         ]
-        columns += ["driver, MB anonymous", "a worker, MB anonymous", "a worker, MB with mapped files"]
+        columns += Use(0, {}, 0, 0, 0, 0).peaks
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-        seconds = []
+        seconds: list[float] = []
+        peaks: list[dict[str, int]] = []
         for number, (name, (text, multiple)) in enumerate(corpora.items()):
             path = Path(scratch) / f"corpus{number}.jsonl"
             path.write_bytes(text)
@@ -137,8 +149,8 @@ def main() -> None:
                 raise SystemExit(f"{run_dir.root}: the manifest does not agree with the index")
             ratio = f"{total / (multiple * yardstick):.2f}" if multiple else "-"
             parts = " | ".join(f"{use.cpu_seconds[name]:.1f}" for name in ("driver", "worker", "ray"))
-            peaks = (use.driver_peak, use.worker_peak, use.worker_peak_rss)
-            memory = " | ".join(f"{peak / 1e6:,.0f}" for peak in peaks)
+            memory = " | ".join(f"{peak / 1e6:,.0f}" for peak in use.peaks.values())
+            peaks.append(use.peaks)
             size = f"{len(index):,} | {index.length.sum():,}"
             print(
                 f"| {name} | {size} | {use.wall_seconds:.0f} | {total:.1f} | {parts} | {ratio} | {memory} |", flush=True
@@ -147,6 +159,8 @@ def main() -> None:
         print(
             f"\nencode_batch on x 1: {yardstick:.1f} CPU s; from x 1 to x {times}, prepare takes {marginal:.2f} of it"
         )
+        grown = ", ".join(f"{name} {(peaks[2][name] - peaks[1][name]) / 1e6:+,.0f}" for name in peaks[1])
+        print(f"growth of the peaks from x 1 to x {times}: {grown}")
 
 
 if __name__ == "__main__":
