@@ -127,6 +127,7 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
     from longalign_ray.data.store import ExampleIndex
     from longalign_ray.logs import read_metrics
     from longalign_ray.train import ray_train
+    from longalign_ray.train.disk import check_disk
     from longalign_ray.train.sequence_parallel import check_model
 
     _need(run_dir.plan, "prepare")
@@ -136,7 +137,8 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
         may_resume = _check_recipe(config, run_dir, prepared=prepared)
         model_dir = starting_model(config, run_dir)
         check_model(model_shape(model_dir), config.train.sp_degree)
-        _check_disk(config, run_dir, model_dir)
+        here = config.ray.address is None and "RAY_ADDRESS" not in os.environ
+        check_disk(config, run_dir, model_dir=model_dir, ranks_are_here=here)
         _check_window(config, model_dir)
         plan, ranks = StepPlan.load(run_dir.plan), config.train.max_workers
         if (plan.world_size, plan.sp_degree, plan.balance) != (ranks, config.train.sp_degree, config.balance):
@@ -391,19 +393,3 @@ def _check_window(config: RunConfig, model_dir: Path) -> None:
 
     one_per_pack = config.packing.strategy in ("sorted", "naive")
     check_window(model_dir, config.model.rope, max_length=config.data.max_length, one_per_pack=one_per_pack)
-
-
-def _check_disk(config: RunConfig, run_dir: RunDir, model_dir: Path) -> None:
-    """A checkpoint holds fp32 weights, their master copy and two moments: 16 bytes a parameter at most."""
-    if config.train.checkpoint_storage is not None:
-        return
-    weights = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
-    stored = json.loads((model_dir / "config.json").read_text(encoding="utf-8")).get("dtype")
-    number = config.train.keep_checkpoints + int(config.train.keep_best)
-    needed = 16 * weights // (4 if stored == "float32" else 2) * (number + 1)
-    free = shutil.disk_usage(run_dir.root).free
-    if free < needed:
-        raise LongAlignError(
-            f"run_dir = {config.run_dir} has {free / 1e9:.1f} GB free, and {number} checkpoints "
-            f"need up to {needed / 1e9:.1f} GB: free space, choose another run_dir, or lower train.keep_checkpoints"
-        )
