@@ -21,6 +21,7 @@ from longalign_ray.train.memory import (
     cheapest_levers,
     longest_context,
     memory_terms,
+    sp_degrees,
     with_levers,
 )
 from longalign_ray.train.model_shape import ModelShape
@@ -53,22 +54,30 @@ class Forecast:
         return {"gpu_bytes": self.gpu_bytes, "host_bytes": self.host_bytes}
 
     @property
-    def rungs(self) -> list[tuple[str, ...]]:
-        """No lever, the first, the first two, ...; on a CPU those that move bytes to the host move nothing."""
+    def rungs(self) -> list[tuple[str, Levers]]:
+        """No lever, the first, the first two, ..., then higher sp degrees alone, each with what it is called.
+
+        On a CPU those that move bytes to the host move nothing.
+        """
         names = LADDER if self.levers.on_gpu else LADDER[:1]
         if self.levers.zero_stage < 3:
             names = names[:3] if self.levers.zero_stage else names[:2]
-        return [names[:number] for number in range(len(names) + 1)]
+        alone = with_levers(self.levers, ())
+        rungs = [("no lever", alone)]
+        rungs += [(f"+ {_words(names[n - 1 : n])}", with_levers(alone, names[:n])) for n in range(1, len(names) + 1)]
+        degrees = sp_degrees(self.shape, self.levers)[1:]
+        return rungs + [(f"sp degree {degree} alone", replace(alone, sp_degree=degree)) for degree in degrees]
 
-    def cheapest(self) -> tuple[str, ...] | None:
+    def under(self, levers: Levers) -> MemoryTerms:
+        """Of packs as long as the plan's, under other levers."""
+        tokens = self.tokens_per_rank * self.levers.sp_degree / levers.sp_degree
+        return memory_terms(self.shape, tokens_per_rank=tokens, levers=levers)
+
+    def cheapest(self) -> Levers | None:
         return cheapest_levers(self.shape, self.levers, tokens_per_rank=self.tokens_per_rank, **self.room)
 
     def zero_1(self) -> MemoryTerms:
-        return memory_terms(
-            self.shape,
-            tokens_per_rank=self.tokens_per_rank,
-            levers=replace(self.levers, zero_stage=1, parameters_on_host=False),
-        )
+        return self.under(replace(self.levers, zero_stage=1, parameters_on_host=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +158,7 @@ def times(
 def as_json(made: Forecast, took: Times | None) -> dict[str, Any]:
     """The same in bytes and seconds."""
     terms = {name: value for name, value in dataclasses.asdict(made.terms).items() if name != "levers"}
-    zero_1 = made.zero_1()
+    zero_1, cheapest = made.zero_1(), made.cheapest()
     told: dict[str, Any] = {
         "model": {**dataclasses.asdict(made.shape), "parameters": made.shape.parameters},
         "levers": dataclasses.asdict(made.levers),
@@ -159,7 +168,8 @@ def as_json(made: Forecast, took: Times | None) -> dict[str, Any]:
         "node_bytes": made.terms.node,
         "fits": made.terms.fit(**made.room),
         "longest_context": longest_context(made.shape, made.levers, **made.room),
-        "cheapest_levers": made.cheapest(),
+        "cheapest_levers": cheapest and _names(cheapest),
+        "cheapest_sp_degree": cheapest and cheapest.sp_degree,
         "zero_1": {"rank_bytes": zero_1.rank, "fits": zero_1.fit(**made.room)},
     }
     if took is not None:
@@ -215,17 +225,19 @@ def _terms(made: Forecast) -> str:
 def _ladder(made: Forecast) -> str:
     levers = made.levers
     lines = [f"{'levers':<24} {'GB a rank':>9} {'GB a node':>10} {'longest pack':>13}"]
-    for names in made.rungs:
-        tried = with_levers(levers, names)
-        terms = memory_terms(made.shape, tokens_per_rank=made.tokens_per_rank, levers=tried)
-        longest = longest_context(made.shape, tried, **made.room)
-        name = f"+ {_words(names[-1:])}" if names else "no lever"
+    for name, tried in made.rungs:
+        terms, longest = made.under(tried), longest_context(made.shape, tried, **made.room)
         most = f"{longest:,}" if longest else "-"
         lines.append(f"{name:<24} {terms.rank / 1e9:>9.2f} {terms.node / 1e9:>10.1f} {most:>13}")
     own = longest_context(made.shape, levers, **made.room)
-    found = f"Cheapest that holds {made.tokens_per_rank:,} tokens a rank: {_words(made.cheapest())}"
-    used = _words(tuple(name for name in LADDER if getattr(levers, name)))
-    notes = [f"Longest pack with the levers as set ({used}): {own:,} tokens on {levers.sp_degree} ranks. {found}."]
+    cheapest = made.cheapest()
+    found = "no set of levers" if cheapest is None else _words(_names(cheapest))
+    if cheapest is not None and cheapest.sp_degree > levers.sp_degree:
+        found = f"sp degree {cheapest.sp_degree}, {found}"
+    notes = [
+        f"Longest pack with the levers as set ({_words(_names(levers))}): {own:,} tokens on {levers.sp_degree} ranks. "
+        f"Cheapest that holds packs of {made.tokens_per_rank * levers.sp_degree:,} tokens: {found}."
+    ]
     if made.shape.heads % levers.sp_degree:
         notes.append(f"{levers.sp_degree} ranks do not divide the {made.shape.heads} heads: that needs a ring.")
     return "\n".join(lines) + "\n\n" + "\n".join(notes)
@@ -255,9 +267,11 @@ def _time(made: Forecast, took: Times, tflops: float) -> str:
     return "\n".join(lines)
 
 
-def _words(names: tuple[str, ...] | None) -> str:
-    if names is None:
-        return "no set of levers"
+def _names(levers: Levers) -> tuple[str, ...]:
+    return tuple(name for name in LADDER if getattr(levers, name))
+
+
+def _words(names: tuple[str, ...]) -> str:
     return ", ".join(name.replace("_", " ").replace("mlp", "MLP") for name in names) or "no lever"
 
 

@@ -190,21 +190,28 @@ def longest_context(shape: ModelShape, levers: Levers, *, gpu_bytes: float, host
 
 def cheapest_levers(
     shape: ModelShape, levers: Levers, *, tokens_per_rank: int, gpu_bytes: float, host_bytes: float
-) -> tuple[str, ...] | None:
-    """The levers of LADDER that hold so many tokens at the least cost, whatever `levers` says of them; none: no set.
+) -> Levers | None:
+    """`levers` with those of LADDER that hold packs of this length at the least cost, whatever it says of them.
 
-    A lever costs more than all before it together, so the sets are tried in the order of binary numbers.
+    A lever costs more than all before it together, so the sets are tried in the order of binary numbers; each with the
+    degrees of sequence parallelism from the least up, which cost less than any lever. None: no set holds them.
     """
     for chosen in product((False, True), repeat=len(LADDER)):  # the last of LADDER is the highest digit
-        names = tuple(compress(LADDER, reversed(chosen)))
-        try:
-            tried = with_levers(levers, names)
-        except ConfigError:  # a lever that this ZeRO stage does not have
-            continue
-        terms = memory_terms(shape, tokens_per_rank=tokens_per_rank, levers=tried)
-        if terms.fit(gpu_bytes=gpu_bytes, host_bytes=host_bytes):
-            return names
+        for degree in sp_degrees(shape, levers):
+            try:
+                tried = replace(with_levers(levers, tuple(compress(LADDER, reversed(chosen)))), sp_degree=degree)
+            except ConfigError:  # a lever that this ZeRO stage does not have
+                continue
+            terms = memory_terms(shape, tokens_per_rank=tokens_per_rank * levers.sp_degree / degree, levers=tried)
+            if terms.fit(gpu_bytes=gpu_bytes, host_bytes=host_bytes):
+                return tried
     return None
+
+
+def sp_degrees(shape: ModelShape, levers: Levers) -> list[int]:
+    """The degree as set, then the higher ones that need no ring and stay in a node, where the all-to-all is fast."""
+    inside = range(levers.sp_degree + 1, levers.ranks_on_node + 1)
+    return [levers.sp_degree, *(degree for degree in inside if not (levers.ranks % degree or shape.heads % degree))]
 
 
 def with_levers(levers: Levers, names: Collection[str]) -> Levers:

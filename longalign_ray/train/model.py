@@ -134,11 +134,12 @@ ATTENTION_SETTINGS = (
 
 
 def model_digest(model: PackedLM) -> str:
-    """Digest of the names and shapes of all parameters, before they are parted among ranks, and of ATTENTION_SETTINGS.
+    """Digest of the names and whole shapes of all parameters, parted among ranks or not, and of ATTENTION_SETTINGS.
 
     Not of the weights: those of a checkpoint replace them.
     """
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    # ds_shape: what DeepSpeed says of a parameter that it has parted, whose own shape is [0]
+    shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
     return digest(shapes, [getattr(model.model.config, name, None) for name in ATTENTION_SETTINGS])
 
 

@@ -36,7 +36,14 @@ from longalign_ray.train.adapters import add_adapter
 from longalign_ray.train.batch import PackedBatch, dummy_pack, to_batch
 from longalign_ray.train.engine import TrainEngine, all_reduce_sum, quiet_deepspeed, sharded_loading
 from longalign_ray.train.loss import LossKind, backward_scale, step_totals
-from longalign_ray.train.model import PackedLM, load_for_training, prepare_model, verify_isolation, verify_loss
+from longalign_ray.train.model import (
+    PackedLM,
+    load_for_training,
+    model_digest,
+    prepare_model,
+    verify_isolation,
+    verify_loss,
+)
 from longalign_ray.train.schedule import learning_rate
 from longalign_ray.train.sequence_parallel import ALONE, SequenceGroup, join_groups
 from tests.unit.train.test_loss import index_of, plan_of
@@ -261,7 +268,7 @@ def reference_curve() -> list[float]:
 
 
 def load_two_ways(directory: Path) -> dict[str, Any]:
-    """Of a model loaded whole and of one divided as it is read: the numbers that a rank then holds, and three losses.
+    """Of a model loaded whole and of one divided as it is read: the numbers that a rank then holds, digest, three losses.
 
     The second goes on with the first one's checkpoint of the first step.
     """
@@ -277,6 +284,7 @@ def load_two_ways(directory: Path) -> dict[str, Any]:
         held = sum(parameter.numel() for parameter in model.parameters())
         assert config.adapter is not None
         add_adapter(model, config.adapter, seed=0)
+        made[way] = {"held": held, "digest": model_digest(model)}
         engine, losses = TrainEngine(model, config, dtype="bfloat16", micro_steps=1), []
         for verify in (verify_isolation, verify_loss):
             verify(engine.module, vocab_size=64, device="cpu")
@@ -289,7 +297,7 @@ def load_two_ways(directory: Path) -> dict[str, Any]:
             engine.step(1e-2)
             if step == 0 and way == "whole":
                 engine.save(directory / "checkpoint")
-        made[way] = {"held": held, "losses": losses}
+        made[way]["losses"] = losses
     return made
 
 

@@ -112,6 +112,7 @@ def test_zero_3_divides_a_model_as_it_is_read(results: Results) -> None:
     whole, divided = results[2]["loaded"]["whole"], results[2]["loaded"]["divided"]
     assert divided["held"] == 0  # each weight is its share of it and a placeholder
     assert whole["held"] > 10_000
+    assert divided["digest"] == whole["digest"]
     assert divided["losses"] == whole["losses"]
     assert len(set(whole["losses"])) == 3
 

@@ -13,7 +13,7 @@ from longalign_ray.cli import main
 from longalign_ray.config import RunConfig, TrainConfig
 from longalign_ray.plan_memory import SETTINGS, levers_of_recipe
 from longalign_ray.train.memory import LADDER, Levers, longest_context, memory_terms
-from longalign_ray.train.model_shape import LLAMA_2_7B
+from longalign_ray.train.model_shape import LLAMA_2_7B, ModelShape
 
 LLAMA_70B = {
     "num_hidden_layers": 80,
@@ -86,15 +86,28 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "70.55 billion parameters, ZeRO-3, 32 ranks, 8 a node" in text
     rungs = text[text.index("\nlevers ") :].splitlines()[2:]
     named = ("no lever", "+ tiled MLP", "+ checkpoints on host", "+ optimizer on host", "+ parameters on host")
-    for line, name in zip(rungs, named, strict=False):
-        assert line.startswith(name)
+    for line, name in zip(rungs, (*named, ""), strict=False):
+        assert line.startswith(name) if name else not line
     assert "DOES NOT FIT" in text
-    assert "Cheapest that holds 65,536 tokens a rank: tiled MLP, checkpoints on host" in text
+    assert "Cheapest that holds packs of 2,097,152 tokens: tiled MLP, checkpoints on host." in text
     assert "ZeRO-1 does not fit" in text
     assert "80 heads" not in text
     assert "64 heads: that needs a ring" in plan(
         capsys, tmp_path, "--model", str(tmp_path), "--world-size", "3", "--sp", "3"
     )
+
+
+def test_the_degree_of_sequence_parallelism_is_a_lever(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """65,536 tokens on 4 of 32 ranks are too many for a card; on 8 each has half of them."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B), encoding="utf-8")
+    options = ["--model", str(tmp_path), "--world-size", "32", "--sp", "4", "--capacity", "16384"]
+    memory = told(capsys, tmp_path, *options)["memory"]
+    assert (memory["fits"], memory["cheapest_levers"], memory["cheapest_sp_degree"]) == (False, [], 8)
+    text = plan(capsys, tmp_path, *options)
+    rungs = text[text.index("\nlevers ") :].splitlines()[2:]
+    alone = memory_terms(ModelShape.of(LLAMA_70B), tokens_per_rank=8_192, levers=Levers(ranks=32, sp_degree=8))
+    assert rungs[5].split()[:5] == ["sp", "degree", "8", "alone", f"{alone.rank / 1e9:.2f}"]
+    assert "Cheapest that holds packs of 65,536 tokens: sp degree 8, no lever." in text
 
 
 @pytest.mark.parametrize("lever", LADDER)

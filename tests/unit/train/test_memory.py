@@ -18,6 +18,7 @@ from longalign_ray.train.memory import (
     cheapest_levers,
     longest_context,
     memory_terms,
+    sp_degrees,
     with_levers,
 )
 from longalign_ray.train.model_shape import ModelShape
@@ -216,17 +217,46 @@ def test_the_longest_context_is_the_longest(names: tuple[str, ...], degree: int)
 def test_cheapest_levers(shape: ModelShape, ranks: int, tokens: int, expected: tuple[str, ...] | None) -> None:
     levers = Levers(ranks=ranks, sp_degree=ranks, parameters_on_host=True)
     found = cheapest_levers(shape, levers, tokens_per_rank=tokens, **ROOM)
-    assert found == expected
-    if found is not None:  # each of them is needed, and dearer ones would not be
-        for lever in found:
-            fewer = with_levers(levers, [name for name in found if name != lever])
+    assert found == (None if expected is None else with_levers(levers, expected))
+    if expected is not None:  # each of them is needed, and dearer ones would not be
+        for lever in expected:
+            fewer = with_levers(levers, [name for name in expected if name != lever])
             assert not memory_terms(shape, tokens_per_rank=tokens, levers=fewer).fit(**ROOM)
 
 
 def test_cheapest_of_those_that_the_stage_has() -> None:
-    stage_1 = Levers(ranks=8, zero_stage=1)
-    assert cheapest_levers(LLAMA_8B, stage_1, tokens_per_rank=65_536, **ROOM) == ("checkpoints_on_host",)
+    stage_1 = Levers(ranks=8, sp_degree=8, zero_stage=1)
+    found = cheapest_levers(LLAMA_8B, stage_1, tokens_per_rank=65_536, **ROOM)
+    assert found == replace(stage_1, checkpoints_on_host=True)
     assert cheapest_levers(LLAMA_70B, stage_1, tokens_per_rank=1_024, **ROOM) is None  # parameters stay where they are
+
+
+@pytest.mark.parametrize(
+    ("ranks", "ranks_per_node", "sp_degree", "expected"),
+    [
+        (12, 8, 1, [1, 2, 4]),  # 3 and 6 divide the ranks but not the 32 heads, and 8 not the ranks
+        (12, 2, 1, [1, 2]),
+        (16, 8, 2, [2, 4, 8]),  # not below what is set
+        (16, 8, 16, [16]),
+    ],
+)
+def test_degrees_inside_a_node(ranks: int, ranks_per_node: int, sp_degree: int, expected: list[int]) -> None:
+    levers = Levers(ranks=ranks, ranks_per_node=ranks_per_node, sp_degree=sp_degree)
+    assert sp_degrees(LLAMA_8B, levers) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "degree", "names"),
+    [(2**16, 1, ()), (2**17, 2, ()), (2**18, 4, ()), (2**20, 8, ("checkpoints_on_host",)), (2**22, 8, LONG)],
+)
+def test_sequence_parallelism_comes_before_other_levers(tokens: int, degree: int, names: tuple[str, ...]) -> None:
+    """The packs stay as long: two ranks of a pack have half of its tokens each."""
+    found = cheapest_levers(LLAMA_8B, Levers(), tokens_per_rank=tokens, **ROOM)
+    assert found is not None
+    assert found == replace(with_levers(Levers(), names), sp_degree=degree)
+    for tried in (1, 2, 4, 8):
+        held = memory_terms(LLAMA_8B, tokens_per_rank=tokens / tried, levers=replace(found, sp_degree=tried))
+        assert held.fit(**ROOM) == (tried >= degree)
 
 
 @pytest.mark.parametrize(
