@@ -68,8 +68,8 @@ def measure(corpus: Path, store: Path, model_dir: Path, texts: list[str], core: 
 
     def prepare() -> None:
         for number, part in enumerate(slices):
-            summary_file(store, number).unlink(missing_ok=True)  # a slice that is done is left as it is
-            item = {"number": number, "style": "auto", **dataclasses.asdict(part)}
+            summary_file(store, f"part-{number}").unlink(missing_ok=True)  # a slice that is done is left as it is
+            item = {"name": f"part-{number}", "style": "auto", **dataclasses.asdict(part)}
             if problem := tokenise_slice(item, settings)["problem"]:
                 raise SystemExit(problem)
 
@@ -82,7 +82,7 @@ def measure(corpus: Path, store: Path, model_dir: Path, texts: list[str], core: 
     for _ in range(rounds):
         seconds["encode_batch"].append(cpu_seconds(encode))
         seconds["prepare"].append(cpu_seconds(prepare))
-    lengths = [pq.read_table(index_file(store, number))["length"].to_numpy() for number in range(len(slices))]
+    lengths = [pq.read_table(index_file(store, f"part-{number}"))["length"].to_numpy() for number in range(len(slices))]
     num_tokens = int(np.concatenate(lengths).sum())
     if sum(map(len, lengths)) != len(texts):
         raise SystemExit(f"{sum(map(len, lengths))} of {len(texts)} conversations became examples")

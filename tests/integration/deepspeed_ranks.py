@@ -268,7 +268,7 @@ def reference_curve() -> list[float]:
 
 
 def load_two_ways(directory: Path) -> dict[str, Any]:
-    """Of a model loaded whole and of one divided as it is read: the numbers that a rank then holds, digest, three losses.
+    """Of a model loaded whole and of one divided as it is read: the numbers a rank then holds, digest, three losses.
 
     The second goes on with the first one's checkpoint of the first step.
     """
