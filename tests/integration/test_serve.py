@@ -172,7 +172,7 @@ def test_overload_is_429_with_retry_after(base_url):
                 for _ in range(30)
             ]
             deadline = time.monotonic() + 30
-            while sum(task.done() for task in asked) < 15 and time.monotonic() < deadline:
+            while sum(task.done() for task in asked) < 10 and time.monotonic() < deadline:
                 await asyncio.sleep(0.1)
             for task in asked:
                 task.cancel()
@@ -180,7 +180,7 @@ def test_overload_is_429_with_retry_after(base_url):
 
     outcomes = asyncio.run(flood())
     refused = [outcome for outcome in outcomes if isinstance(outcome, openai.RateLimitError)]
-    assert len(refused) >= 15
+    assert len(refused) >= 10  # up to 20: several may pass the check of the queue at once
     assert int(refused[0].response.headers["retry-after"]) > 0
     assert refused[0].type == "rate_limit_error"
     unexpected = [each for each in outcomes if not isinstance(each, openai.RateLimitError | asyncio.CancelledError)]
