@@ -119,6 +119,7 @@ def forecast(shape: ModelShape, levers: Levers, settings: PlanSettings, argument
     if wrong:
         raise ConfigError("\n".join(wrong))
     changed: dict[str, Any] = {"ranks": settings.world_size, "sp_degree": settings.sp_degree}
+    changed["micro_steps"] = settings.micro_steps
     changed["ranks_per_node"] = arguments.gpus_per_node or (8 if levers.on_gpu else settings.world_size)
     if arguments.zero is not None:
         changed["zero_stage"] = arguments.zero

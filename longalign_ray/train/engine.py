@@ -44,11 +44,16 @@ def deepspeed_config(
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.use_gpu}
     if config.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": config.use_gpu}
+    # By default bf16 gradients add up in bf16, so that those of later micro-steps lose their last bits: an error of
+    # 0.7 % over 16 micro-steps and of 3 % over 64. ZeRO-0 refuses anything else, and ZeRO-1 would hold all of them in
+    # fp32 on every rank.
+    in_fp32 = dtype == "bfloat16" and config.zero_stage >= 2 and micro_steps > 1
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_steps,
         "gradient_clipping": config.max_grad_norm,
         "bf16": {"enabled": dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32" if in_fp32 else None},
         "optimizer": {"type": "AdamW", "params": optimizer},
         "zero_optimization": zero,
         "checkpoint": {"load_universal": load_universal},
@@ -116,6 +121,8 @@ class TrainEngine:
             config=deepspeed_config(config, dtype=dtype, micro_steps=micro_steps, load_universal=load_universal),
             dist_init_required=False,
         )[0]
+        if config.zero_stage == 0 and dtype == "bfloat16":
+            _undo_first_step(self._engine.optimizer)
         self.world_size = dist.get_world_size()
         self.device = self._engine.device
 
@@ -184,6 +191,17 @@ def unreadable(directory: Path, error: Exception) -> CheckpointError:
         f"the shards below {directory / TAG} cannot be loaded ({type(error).__name__}: {error}): restore the model and "
         f"the settings that wrote them, or remove {directory} to continue from the checkpoint before"
     )
+
+
+def _undo_first_step(optimizer: Any) -> None:
+    """For ZeRO-0 in bfloat16: DeepSpeed makes Adam's state by a step without gradients.
+
+    It decays the weights once more, and counts for the bias correction: the first true update would be 0.74 of Adam's.
+    """
+    optimizer.optimizer.state.clear()
+    for masters, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+        for master, weight in zip(masters, weights, strict=True):
+            master.data.copy_(weight.data)
 
 
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:

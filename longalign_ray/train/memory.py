@@ -41,6 +41,8 @@ class Levers:
     sp_degree: int = 1
     """P: ranks that share a pack."""
     zero_stage: int = 3
+    micro_steps: int = 1
+    """Over several, ZeRO-2 and 3 add bfloat16 gradients up in float32."""
     gradient_checkpointing: bool = True
     head_chunk: int = 1_024
     """Positions whose logits exist at a time."""
@@ -123,10 +125,10 @@ class MemoryTerms:
 def memory_terms(shape: ModelShape, *, tokens_per_rank: float, levers: Levers) -> MemoryTerms:
     """Bytes by term for t = `tokens_per_rank` tokens of a pack on each rank.
 
-    ZeRO: the optimizer (12N: fp32 weights and two moments) is divided by R from stage 1 on, the gradients (w N) from
-    stage 2 on, the parameters (w N) in stage 3, which alone gathers. So stage 1 needs 2wN + 12N/R. Stage 0 in float32
-    updates the weights themselves: 8N. An optimizer on the host takes 16N/R there (fp32 gradients too) and, from stage
-    2 on, the gradients along; parameters on the host take w N/R.
+    ZeRO: the optimizer (12N: fp32 weights and two moments) is divided by R from stage 1 on, the gradients (w N; 4N to
+    add up several micro-steps) from stage 2 on, the parameters (w N) in stage 3, which alone gathers. So stage 1 needs
+    2wN + 12N/R. Stage 0 in float32 updates the weights themselves: 8N. An optimizer on the host takes 16N/R there (fp32
+    gradients too) and, from stage 2 on, the gradients along; parameters on the host take w N/R.
 
     The head runs with all checkpoints alive. The logits of a chunk are in fp32, and so is the gradient of its weight:
     4 V (chunk + h). Beside them is, in bfloat16, the rounded gradient of the logits while a product of the size of the
@@ -140,7 +142,7 @@ def memory_terms(shape: ModelShape, *, tokens_per_rank: float, levers: Levers) -
     t, w, n, ranks = tokens_per_rank, levers.weight_bytes, shape.parameters, levers.ranks
     h, a, kv, f, stage = shape.hidden, shape.width, shape.kv_width, shape.mlp, levers.zero_stage
     parameters = w * n / (ranks if stage == 3 else 1)
-    gradients = w * n / (ranks if stage >= 2 else 1)
+    gradients = (4 if levers.micro_steps > 1 else w) * n / ranks if stage >= 2 else w * n
     optimizer = 12 * n / ranks if stage >= 1 else (8 if w == 4 else 12) * n
     kept_attention = kept_mlp = 0.0
     if not levers.gradient_checkpointing:

@@ -230,6 +230,46 @@ def step_error(case: Case) -> dict[str, float]:
     }
 
 
+def master_weights(engine: TrainEngine) -> torch.Tensor:
+    """All of the optimizer's in one vector."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if groups := getattr(engine._engine.optimizer, "fp32_groups", None):  # of ZeRO-0, which that function overlooks
+        found: list[Any] = [weight for group in groups for weight in group]
+    else:
+        found = [safe_get_full_fp32_param(parameter) for parameter in engine.module.parameters()]
+    return torch.cat([weight.detach().flatten() for weight in found])
+
+
+def bfloat16_errors(stage: Literal[0, 1, 2, 3]) -> dict[str, float]:
+    """Of 16 micro-steps of one pack against a single one, in the gradient; and of an update too small for bfloat16.
+
+    A sixteenth of a gradient is exact in bfloat16, so the sums may differ by how they are added up alone.
+    """
+    config = TrainConfig(zero_stage=stage, learning_rate=1e-5, weight_decay=10.0, max_grad_norm=1e9)
+
+    def taken(micro_steps: int) -> tuple[TrainEngine, torch.Tensor]:
+        model = prepare_model(build("llama", torch.bfloat16, packed=True), gradient_checkpointing=True, head_chunk=4)
+        engine = TrainEngine(model, config, dtype="bfloat16", micro_steps=micro_steps)
+        batch, total = batch_of(slots(2)[dist.get_rank()], "sequence"), NUM_SEQUENCES * micro_steps
+        for number in range(micro_steps):
+            engine.forward_backward(batch, step_total=total, last=number == micro_steps - 1)
+        gradients: list[Any] = [engine.full_gradient(parameter) for parameter in engine.module.parameters()]
+        return engine, torch.cat([gradient.double().flatten() for gradient in gradients])
+
+    _, once = taken(1)
+    engine, added_up = taken(16)
+    rounded = build("llama", torch.bfloat16, packed=True)
+    before = torch.cat([weight.detach().flatten() for weight in rounded.parameters()]).float()
+    engine.step(config.learning_rate)
+    update = master_weights(engine) - before
+    wanted = -config.learning_rate * (added_up / (added_up.abs() + 1e-8) + config.weight_decay * before)  # Adam's first
+    return {
+        "added_up": ((added_up - once).norm() / once.norm()).item(),
+        "update": ((update - wanted).norm() / wanted.norm()).item(),
+    }
+
+
 CURVE = TrainConfig(zero_stage=3, weight_decay=0.1, max_grad_norm=0.5, betas=(0.9, 0.95))
 
 
@@ -323,9 +363,12 @@ def run_rank(rank: int, world_size: int, port: int, cases: list[Case], results: 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     made: dict[str, Any] = {"errors": [step_error(case) for case in cases], "leaks_found": leaks_found()}
+    if world_size == 1:
+        made["curve"] = reference_curve()
     if world_size == 2:
         made["curve"] = loss_curve()
         made["loaded"] = load_two_ways(results.parent)
+        made["bfloat16"] = [bfloat16_errors(stage) for stage in (0, 1, 2, 3)]
     if rank == 0:
         results.write_text(json.dumps(made), encoding="utf-8")
     dist.destroy_process_group()

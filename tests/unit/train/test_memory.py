@@ -120,6 +120,8 @@ def test_states_by_hand(
     terms = memory_terms(SMALL, tokens_per_rank=10, levers=Levers(ranks=4, zero_stage=zero_stage))
     found = (terms.parameters, terms.gradients, terms.optimizer, terms.gathered)
     assert found == (parameters, gradients, optimizer, gathered)
+    added_up = memory_terms(SMALL, tokens_per_rank=10, levers=Levers(ranks=4, zero_stage=zero_stage, micro_steps=2))
+    assert added_up.gradients == (N if zero_stage >= 2 else gradients)  # 4 N / 4 ranks
 
 
 def test_activations_by_hand() -> None:
