@@ -1,11 +1,13 @@
 """Run by test_adapters.py as each of two ranks: one step of a LoRA adapter under every ZeRO stage, and its checkpoint.
 
-Prints a JSON object: stage -> relative L2 error of the whole gradient against one sequence at a time in fp64.
+Prints a JSON object: stage, with `-shared` where the ranks share packs -> relative L2 error of the whole gradient
+against one sequence at a time in fp64.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -61,13 +63,14 @@ def step_error(stage: Literal[0, 1, 2, 3], packs: Any, expected: dict[str, torch
     from longalign_ray.train.engine import TrainEngine
 
     plan = packs.plan
-    config = TrainConfig(zero_stage=stage, adapter=ADAPTER)
+    config = TrainConfig(zero_stage=stage, adapter=ADAPTER, sp_degree=plan.sp_degree)
     engine = TrainEngine(packed_model(torch.float32), config, dtype="float32", micro_steps=plan.shape[1])
-    verify_isolation(engine.module, vocab_size=64, device="cpu")
+    group = engine.sequence_group
+    verify_isolation(engine.module, vocab_size=64, device="cpu", sequence_group=group)
     for micro_step in range(plan.shape[1]):
-        pack = packs.pack(0, micro_step, dist.get_rank()) or dummy_pack()
+        pack = packs.pack(0, micro_step, group.number) or dummy_pack()
         total, last = float(plan.num_sequences[0]), micro_step == plan.shape[1] - 1
-        engine.forward_backward(to_batch(pack, loss="sequence"), step_total=total, last=last)
+        engine.forward_backward(to_batch(pack, loss="sequence", sequence_group=group), step_total=total, last=last)
     squared_error = squared_norm = 0.0
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     assert set(trained) == set(expected)
@@ -88,15 +91,18 @@ def step_error(stage: Literal[0, 1, 2, 3], packs: Any, expected: dict[str, torch
     return (squared_error / squared_norm) ** 0.5
 
 
-def main(directory: Path) -> dict[int, float]:
+def main(directory: Path) -> dict[str, float]:
     own = directory / f"rank-{dist.get_rank()}"
     own.mkdir()
-    packs = write_training(own, world_size=2)
-    rows = [row for group in range(2) for row in packs.plan.slot(0, 0, group).tolist()]
-    expected = one_at_a_time([packs.store.example(row) for row in rows])
     errors = {}
-    for stage in (0, 1, 2, 3):
-        errors[stage] = step_error(stage, packs, expected, directory / f"stage-{stage}")
+    stages: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
+    for degree, of_place in ((1, ""), (2, "-shared")):
+        packs = write_training(own, world_size=2, sp_degree=degree)
+        rows = packs.plan.example_rows[: packs.plan.offsets[math.prod(packs.plan.shape[1:])]].tolist()
+        expected = one_at_a_time([packs.store.example(row) for row in rows])
+        for stage in stages:
+            name = f"{stage}{of_place}"
+            errors[name] = step_error(stage, packs, expected, directory / f"stage-{name}")
     return errors
 
 

@@ -389,7 +389,7 @@ def run_world(world_size: int, cases: list[Case], results: Path) -> None:
         raise SystemExit(1)
 
 
-def import_all(cases: Iterable[Case]) -> None:
+def import_all(families: Iterable[str]) -> None:
     """What the ranks would each import: transformers' models, and torch's compiler, which DeepSpeed's Muon asks for.
 
     ZeRO-3 collects garbage for each engine: a quarter of a second over what is imported, unless that is frozen.
@@ -397,7 +397,7 @@ def import_all(cases: Iterable[Case]) -> None:
     quiet_deepspeed()
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
-    for family in {case.family for case in cases}:
+    for family in set(families):
         build(family, torch.float32, packed=True)
     gc.freeze()
 
@@ -405,6 +405,6 @@ def import_all(cases: Iterable[Case]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     asked = {int(number): [Case(**case) for case in cases] for number, cases in json.loads(sys.argv[1]).items()}
-    import_all(chain.from_iterable(asked.values()))
+    import_all(case.family for case in chain.from_iterable(asked.values()))
     for number, cases in asked.items():
         run_world(number, cases, Path(sys.argv[2]) / f"{number}.json")

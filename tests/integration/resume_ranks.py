@@ -1,7 +1,8 @@
 """Run by test_resume.py: six steps on two ranks, and the same with steps 2 and 3 on one rank and the rest on two.
 
-Argument: a directory. Prints JSON: ZeRO stages -> [step, loss, gradient norm] of each step of the three runs. All ranks
-are forked from this process, so that everything is imported once.
+Argument: a directory. Prints JSON: case -> [step, loss, gradient norm] of each step of four runs: the first, its steps
+2 and 3 taken again on two ranks, on one, and the rest on two. All ranks are forked from this process, so that
+everything is imported once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -20,20 +22,42 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from longalign_ray.config import TrainConfig
+from longalign_ray.config import AdapterConfig, TrainConfig
 from longalign_ray.data.store import Example, Pack
 from longalign_ray.train import attention
+from longalign_ray.train.adapters import add_adapter
 from longalign_ray.train.batch import to_batch
 from longalign_ray.train.checkpoint import TrainState
 from longalign_ray.train.checkpoint_store import CheckpointStore, checkpoint_name, list_files
-from longalign_ray.train.engine import TrainEngine, all_reduce_sum, quiet_deepspeed
+from longalign_ray.train.engine import TrainEngine, all_reduce_sum
 from longalign_ray.train.model import prepare_model
 from longalign_ray.train.resume import agree_on_checkpoint, loadable
+from tests.integration.deepspeed_ranks import import_all
 
 Stage = Literal[0, 1, 2, 3]
 PACKS_PER_STEP, NUM_STEPS = 2, 6
-CASES: list[tuple[Stage, Stage, Stage]] = [(3, 3, 3), (1, 2, 1)]  # ZeRO stages of the three runs
 Row = tuple[int, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    stages: tuple[Stage, Stage, Stage]
+    """Of ZeRO: on two ranks, on one, on two again."""
+    dtype: str = "float32"
+    adapter: bool = False
+
+    def __str__(self) -> str:
+        return "-".join([*map(str, self.stages), self.dtype, *(["adapter"] if self.adapter else [])])
+
+
+CASES = [
+    Case((3, 3, 3)),
+    Case((1, 2, 1)),
+    Case((0, 0, 0), "bfloat16"),
+    Case((1, 2, 1), "bfloat16"),
+    Case((3, 3, 3), "bfloat16"),
+    Case((3, 3, 3), adapter=True),
+]
 
 
 def pack(step: int, number: int) -> Pack:
@@ -42,11 +66,11 @@ def pack(step: int, number: int) -> Pack:
     return Pack.of([Example("e", random.integers(1, 61, length, dtype=np.int32), np.full(length, 100, np.uint8))])
 
 
-def run(stage: Stage, directory: Path, *, last_step: int, save_after: tuple[int, ...]) -> list[Row]:
-    """Continues from the newest whole checkpoint below `directory`, or from step 0."""
+def run(case: Case, directory: Path, *, number: int, last_step: int, save_after: tuple[int, ...] = ()) -> list[Row]:
+    """Continues from the newest whole checkpoint below `directory`, or from step 0. `number`: of the ZeRO stage."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size, stage = dist.get_rank(), dist.get_world_size(), case.stages[number]
     store, first_step, convert = CheckpointStore.at(directory), 0, False
     if (stored := agree_on_checkpoint(store)) is not None:
         stored.state.check(plan_digest="plan", zero_stage=stage)
@@ -60,18 +84,18 @@ def run(stage: Stage, directory: Path, *, last_step: int, save_after: tuple[int,
         num_key_value_heads=1,
         tie_word_embeddings=True,
     )
-    torch.manual_seed(rank)  # what is not loaded differs
-    model = AutoModelForCausalLM.from_config(shape, attn_implementation=attention.register())
+    torch.manual_seed(0 if case.adapter else rank)  # what is not loaded differs, but for the model below an adapter
+    built = AutoModelForCausalLM.from_config(shape, attn_implementation=attention.register())
     if stored is None:
-        for parameter in model.parameters():
+        for parameter in built.parameters():
             dist.broadcast(parameter.data, 0)
     micro_steps = PACKS_PER_STEP // world_size
+    dtype = getattr(torch, case.dtype)
+    model = prepare_model(built.to(dtype), gradient_checkpointing=False, head_chunk=64)
+    if case.adapter:
+        add_adapter(model, AdapterConfig(rank=3), seed=1 + (stored is not None))
     engine = TrainEngine(
-        prepare_model(model, gradient_checkpointing=False, head_chunk=64),
-        TrainConfig(zero_stage=stage),
-        dtype="float32",
-        micro_steps=micro_steps,
-        load_universal=convert,
+        model, TrainConfig(zero_stage=stage), dtype=case.dtype, micro_steps=micro_steps, load_universal=convert
     )
     if stored is not None:
         with loadable(store, stored, convert=convert, local_rank=rank) as loaded:
@@ -80,9 +104,9 @@ def run(stage: Stage, directory: Path, *, last_step: int, save_after: tuple[int,
     rows = []
     for step in range(first_step, last_step):
         loss = torch.zeros(())
-        for number in range(micro_steps):
-            batch = to_batch(pack(step, number * world_size + rank), loss="sequence")
-            loss += engine.forward_backward(batch, step_total=PACKS_PER_STEP, last=number == micro_steps - 1)
+        for micro_step in range(micro_steps):
+            batch, last = to_batch(pack(step, micro_step * world_size + rank), loss="sequence"), micro_step + 1
+            loss += engine.forward_backward(batch, step_total=PACKS_PER_STEP, last=last == micro_steps)
         grad_norm = engine.step(1e-2 / (step + 1))
         assert grad_norm is not None
         rows.append((step, all_reduce_sum(loss).item(), grad_norm))
@@ -135,15 +159,14 @@ def flip_a_byte_of_step(step: int, directory: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    quiet_deepspeed()
-    import deepspeed  # noqa: F401
-
+    import_all(["llama"])
     places = [Path(sys.argv[1]) / f"run+{number}" / "checkpoints" for number in range(len(CASES))]
     both = list(zip(CASES, places, strict=True))
-    whole = in_world(2, lambda: [run(case[0], at, last_step=NUM_STEPS, save_after=(2,)) for case, at in both])
-    one_rank = in_world(1, lambda: [run(case[1], at, last_step=4, save_after=(3, 4)) for case, at in both])
+    whole = in_world(2, lambda: [run(case, at, number=0, last_step=NUM_STEPS, save_after=(2,)) for case, at in both])
+    same = in_world(2, lambda: [run(case, at, number=0, last_step=4) for case, at in both])
+    one_rank = in_world(1, lambda: [run(case, at, number=1, last_step=4, save_after=(3, 4)) for case, at in both])
     for place in places:
         flip_a_byte_of_step(4, place)
-    two_again = in_world(2, lambda: [run(case[2], at, last_step=NUM_STEPS, save_after=()) for case, at in both])
-    runs = zip(CASES, whole, one_rank, two_again, strict=True)
-    print(json.dumps({"-".join(map(str, case)): rows for case, *rows in runs}))
+    two_again = in_world(2, lambda: [run(case, at, number=2, last_step=NUM_STEPS) for case, at in both])
+    runs = zip(CASES, whole, same, one_rank, two_again, strict=True)
+    print(json.dumps({str(case): rows for case, *rows in runs}))

@@ -31,9 +31,12 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.parametrize("place", ["", "-shared"])
 @pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
-def test_gradient_is_that_of_one_sequence_at_a_time(trained: tuple[Path, dict[str, float]], stage: str) -> None:
-    assert trained[1][stage] < 1e-5
+def test_gradient_is_that_of_one_sequence_at_a_time(
+    trained: tuple[Path, dict[str, float]], stage: str, place: str
+) -> None:
+    assert trained[1][stage + place] < 1e-5
 
 
 def logits_of(model: Any) -> torch.Tensor:
@@ -43,13 +46,13 @@ def logits_of(model: Any) -> torch.Tensor:
         return model.eval()(input_ids=torch.tensor([PROBE])).logits[0]
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", ["0", "3", "3-shared"])
 @pytest.mark.parametrize("form", ["merged", "adapter"])
 def test_plain_transformers_or_peft_gives_the_trained_logits(
     trained: tuple[Path, dict[str, float]],
     base_dir: Path,
     tmp_path: Path,
-    stage: int,
+    stage: str,
     form: Literal["merged", "adapter"],
 ) -> None:
     from peft import AutoPeftModelForCausalLM

@@ -11,6 +11,7 @@ import pytest
 
 from longalign_ray.train.checkpoint import TrainState
 from longalign_ray.train.checkpoint_store import CheckpointStore, list_files
+from tests.integration.resume_ranks import CASES, Case
 from tests.integration.test_corpora import s3, s3_bucket  # noqa: F401  (s3: a fixture)
 
 Rows = list[list[float]]
@@ -24,14 +25,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Rows]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("stages", ["3-3-3", "1-2-1"])
-def test_other_numbers_of_ranks_continue_exactly(runs: dict[str, list[Rows]], stages: str) -> None:
-    undisturbed, one_rank, two_again = runs[stages]
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_other_numbers_of_ranks_continue_exactly(runs: dict[str, list[Rows]], case: Case) -> None:
+    """As many ranks continue bitwise."""
+    undisturbed, same, one_rank, two_again = runs[str(case)]
+    assert same == undisturbed[2:4]
     assert [row[0] for row in undisturbed] == [0, 1, 2, 3, 4, 5]
     assert [row[0] for row in one_rank] == [2, 3]
     assert [row[0] for row in two_again] == [3, 4, 5]  # the checkpoint after step 3 was damaged
     for row in one_rank + two_again:
-        assert row == pytest.approx(undisturbed[int(row[0])], rel=1e-5)
+        assert row == pytest.approx(undisturbed[int(row[0])], rel=1e-5 if case.dtype == "float32" else 1e-2)
     losses = [loss for _, loss, _ in undisturbed]
     assert max(losses) - min(losses) > 0.01  # or equal losses would say nothing
 

@@ -154,13 +154,16 @@ def test_killed_and_restarted_by_ray_train(
 def test_ranks_that_share_packs_take_the_same_steps(
     undisturbed: tuple[RunConfig, RunDir], prepared: Prepared, tmp_path: Path
 ) -> None:
-    """The same losses as those of ranks with a pack each, up to the order of fp32 sums."""
+    """The same losses as those of ranks with a pack each, held-out ones too, up to the order of fp32 sums."""
     config, run_dir = prepared(tmp_path)
     config = config.model_copy(update={"train": config.train.model_copy(update={"sp_degree": 2})})
     stages.train(config, run_dir)
     found, wanted = losses(run_dir), losses(undisturbed[1])
     assert [step for step, *_ in found] == [step for step, *_ in wanted]
     assert [loss for _, loss, _ in found] == pytest.approx([loss for _, loss, _ in wanted], rel=1e-5)
+    shared, apart = (read_metrics(directory.metrics)[-1] for directory in (run_dir, undisturbed[1]))
+    for name in ("heldout_loss", "heldout_token_loss", "heldout_by_length"):
+        assert shared[name] == pytest.approx(apart[name], rel=1e-5), name
     assert StepPlan.load(run_dir.plan).sp_degree == 2
 
 

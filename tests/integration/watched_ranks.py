@@ -22,8 +22,9 @@ from longalign_ray.data.packed import PackReader
 from longalign_ray.data.store import Example, ExampleIndex, part_name, write_examples
 from longalign_ray.errors import LongAlignError
 from longalign_ray.train import attention
-from longalign_ray.train.heldout import length_bucket
+from longalign_ray.train.heldout import heldout_loss, heldout_packs, length_bucket
 from longalign_ray.train.loop import StepMetrics, train_loop
+from longalign_ray.train.sequence_parallel import join_groups
 
 CAPACITY = 64
 HELDOUT = {1: 0.3, 4: 1.0, 6: 0.0, 9: 0.1, 11: 0.7, 14: 0.9, 17: 0.5}  # row: share of targets
@@ -31,12 +32,12 @@ HELDOUT = {1: 0.3, 4: 1.0, 6: 0.0, 9: 0.1, 11: 0.7, 14: 0.9, 17: 0.5}  # row: sh
 SPOILT = (("loss", 3), ("gradient", 3), ("gradient", 1), ("gradient", 0))
 
 
-def write_training(directory: Path, *, world_size: int) -> PackReader:
+def write_training(directory: Path, *, world_size: int, sp_degree: int = 1) -> PackReader:
     """The packs of twenty examples of 2 to 60 tokens, of which seven are held out, one of those without a target."""
     store = directory / "store"
     if not (store / "index.parquet").exists():
         _write_store(store)
-    settings = PlanSettings(capacity=CAPACITY, packs_per_step=2, world_size=world_size)
+    settings = PlanSettings(capacity=CAPACITY, packs_per_step=2, world_size=world_size, sp_degree=sp_degree)
     cost = SequenceCost(linear=1.0, quadratic=0.01)
     plan = make_plan(ExampleIndex.load(store / "index.parquet"), settings, cost=cost)
     return PackReader(plan, store_dir=store, packed_dir=directory / "packed")
@@ -150,6 +151,9 @@ def main(directory: Path) -> dict[str, Any]:
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         named = engine.module.named_parameters()
         state = {name.removeprefix("model."): parameter.detach().double().clone() for name, parameter in named}
+    heldout = heldout_packs(write_training(own, world_size=2, sp_degree=2))
+    assert heldout is not None
+    shared = heldout_loss(engine.module, heldout, sequence_group=join_groups(2, num_heads=4))
     without, _ = train(packs, directory, heldout_every=0)
     messages = {}
     for spoilt, zero_stage in SPOILT:
@@ -157,7 +161,8 @@ def main(directory: Path) -> dict[str, Any]:
             train(packs, directory, heldout_every=0, spoilt=spoilt, zero_stage=zero_stage)
         except LongAlignError as error:
             messages[f"{spoilt}-{zero_stage}"] = str(error)
-    return {"rows": rows, "without": without, "messages": messages, "reference": reference(packs, state)}
+    made = {"rows": rows, "without": without, "messages": messages, "shared": [shared.row()]}
+    return {**made, "reference": reference(packs, state)}
 
 
 if __name__ == "__main__":
