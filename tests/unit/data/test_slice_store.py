@@ -54,7 +54,7 @@ def test_records_are_kept_cut_or_rejected_and_counted(tiny_model_dir: Path, tmp_
     whole = 40 + 60 + (index["length"][0] - 61)  # what the short one has beside its 1 + 60 letters
     assert index["length"] == [index["length"][0], 100, 100, 100, 31]
     assert summary["counts"] == {
-        "records": 5, "examples": 5, "cut_examples": 1, "cut_tokens": whole - 100, "text_pieces": 3
+        "records": 5, "examples": 5, "cut_examples": 1, "cut_answers": 1, "cut_tokens": whole - 100, "text_pieces": 3
     }  # fmt: skip
     assert [(reject["line"], reject["reason"]) for reject in summary["rejects"]][1:] == [(5, "no_target_left")]
     assert summary["rejects"][0]["line"] == 4
