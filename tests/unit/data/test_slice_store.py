@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from longalign_ray.config import DataConfig
-from longalign_ray.data.pipeline import _write_packed_slice
+from longalign_ray.data.packed import write_packed_slice
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.slice_store import EVALUATION_FILE, index_file, summary_file, tokenise_slice, tokens_file
 from longalign_ray.data.store import BatchFile
@@ -133,7 +133,7 @@ def test_a_full_disk_under_packed_blocks_is_named(tmp_path: Path, full_disk: Cal
     names = {"store": str(store.directory), "plan": str(tmp_path / "plan.npz"), "packed": str(tmp_path / "packed")}
     (tmp_path / "packed").mkdir()
     full_disk(".arrow")
-    problem = _write_packed_slice({"number": 0}, {**names, "steps_per_file": 1, "layout": "x"})["problem"]
+    problem = write_packed_slice({"number": 0}, {**names, "steps_per_file": 1, "layout": "x"})["problem"]
     assert problem.startswith(f"{tmp_path / 'packed'} cannot be written; is there space left? ")
     assert not list((tmp_path / "packed").iterdir())
 
@@ -149,6 +149,6 @@ def test_a_process_reads_store_and_plan_once_for_all_packed_files(
     monkeypatch.setattr(StepPlan, "load", staticmethod(lambda path: loads.append(path) or load(path)))
     for number, layout in ((0, "one"), (1, "one"), (2, "two")):  # the second is another plan at the same place
         settings = {**names, "steps_per_file": 1, "layout": layout}
-        assert _write_packed_slice({"number": number}, settings)["problem"] == ""
+        assert write_packed_slice({"number": number}, settings)["problem"] == ""
     assert len(loads) == 2
     assert len(list((tmp_path / "packed").iterdir())) == 3
