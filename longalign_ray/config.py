@@ -199,8 +199,9 @@ class DataConfig(Section):
     too_long: Literal["skip", "cut_right", "cut_left", "cut_middle", "error"] = "skip"
     """What happens to a longer conversation. `skip`: counted as a reject; `cut_right`: its end is cut; `cut_left`: the
     oldest exchanges go, then the beginning of the last question, but no system message; `cut_middle`: the middle of its
-    longest user message; `error`: the run stops. Cuts are counted. Documents without messages are cut into consecutive
-    examples instead."""
+    longest message of a user or a tool; `error`: the run stops. Where that is not long enough, all three cut the end
+    too. Cuts are counted: `cut_examples`, `cut_tokens`, and `cut_answers` where the cut end held targets. Documents
+    without messages are cut into consecutive examples instead."""
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     """Which turns are targets, with the token that ends each: the assistant's, its last, or all and the template's text
     between them. A message with a `loss_weight` of its own is weighed by that."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from longalign_ray.data.record_readers import within_limit
 from longalign_ray.errors import CorpusError
 from longalign_ray.run_dir import digest
 
@@ -55,7 +56,7 @@ def read_hub_shard(address: str, version: str, shard: int) -> Iterator[tuple[int
     """Number and record of each row of a shard. Rows of shard s are numbered s, s + shards, ... from 1."""
     dataset = _load(address, version)
     for row, record in enumerate(dataset.shard(num_shards=dataset.num_shards, index=shard)):
-        yield row * dataset.num_shards + shard + 1, record
+        yield row * dataset.num_shards + shard + 1, within_limit(record)
 
 
 def _taken_apart(address: str) -> tuple[str, dict[str, Any]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from longalign_ray.data.store import (
     part_name,
     write_batches,
 )
-from longalign_ray.errors import PlanMismatchError
+from longalign_ray.errors import LongAlignError, PlanMismatchError
 from longalign_ray.run_dir import write_json
 
 LAYOUT_FILE = "layout.json"
@@ -53,6 +55,43 @@ def write_packed_file(store: TokenStore, plan: StepPlan, number: int, *, steps_p
 def write_layout(directory: Path, plan: StepPlan, *, steps_per_file: int) -> None:
     """Written last: says that the blocks are whole and for which plan."""
     write_json(directory / LAYOUT_FILE, {"layout_digest": plan.layout_digest, "steps_per_file": steps_per_file})
+
+
+def keep_if_same(directory: Path, fingerprint: str) -> None:
+    """Empties a directory that holds the work of another fingerprint, else removes what killed writers left there."""
+    mark = directory / "fingerprint"
+    if not mark.exists() or mark.read_text(encoding="utf-8") != fingerprint:
+        if directory.exists():
+            remove_blocks(directory)
+        directory.mkdir(parents=True)
+        mark.write_text(fingerprint, encoding="utf-8")
+    for leftover in directory.glob("*.tmp"):
+        leftover.unlink()
+
+
+def remove_blocks(directory: Path) -> None:
+    """Its mark and its layout go first, so that nothing takes a directory half emptied for whole."""
+    for name in ("fingerprint", LAYOUT_FILE):
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory)
+
+
+def write_packed_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Writes a file of packs, the work of one task of `prepare`; what stops it is in the result as `problem`."""
+    number, directory = item["number"], Path(settings["packed"])
+    try:
+        if not (directory / part_name(number)).exists():
+            store, plan = _cached_inputs(settings["store"], settings["plan"], settings["layout"])
+            write_packed_file(store, plan, number, steps_per_file=settings["steps_per_file"], directory=directory)
+    except LongAlignError as error:
+        return {"number": number, "problem": str(error)}
+    return {"number": number, "problem": ""}
+
+
+@lru_cache(maxsize=1)
+def _cached_inputs(store: str, plan: str, layout: str) -> tuple[TokenStore, StepPlan]:
+    """Read once by a process for all its tasks of one `layout`, the fingerprint of the packed blocks."""
+    return TokenStore(Path(store)), StepPlan.load(Path(plan))
 
 
 class PackReader:

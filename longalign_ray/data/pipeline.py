@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,18 @@ from longalign_ray.data.dedup import check_dedup, without_duplicates
 from longalign_ray.data.example_ids import unique_ids
 from longalign_ray.data.make_plan import PlanSettings, make_plan
 from longalign_ray.data.mixture import training_rows, use_of_sources
-from longalign_ray.data.packed import LAYOUT_FILE, num_packed_files, steps_for_block, write_layout, write_packed_file
+from longalign_ray.data.packed import (
+    keep_if_same,
+    num_packed_files,
+    remove_blocks,
+    steps_for_block,
+    write_layout,
+    write_packed_slice,
+)
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.record_styles import printable
 from longalign_ray.data.slice_store import EVALUATION_FILE, index_file, summary_file, tokenise_slice, tokens_file
-from longalign_ray.data.store import ExampleIndex, TokenStore, part_name
+from longalign_ray.data.store import ExampleIndex
 from longalign_ray.data.store_parts import remove_others, store_parts
 from longalign_ray.data.template import load_tokenizer, tokenising_state
 from longalign_ray.errors import CorpusError, LongAlignError, ModelError
@@ -65,7 +70,7 @@ def prepare(config: RunConfig, run_dir: RunDir, *, model_dir: Path, corpus: Mapp
         steps_per_file = config.packing.steps_per_file or steps_for_block(plan)
         _write_packed(run_dir, plan, parts=parts, steps_per_file=steps_per_file)
     elif run_dir.packed.exists():
-        _remove(run_dir.packed)
+        remove_blocks(run_dir.packed)
     planned = np.unique(plan.example_rows).size
     uses = use_of_sources(index, config.mixture, config.corpus.named, seed=config.seed, epochs=config.train.epochs)
     counts |= {
@@ -193,25 +198,6 @@ def _write_store(
     return table, names, dict(counts), dict(sorted(dropped.items()))
 
 
-def _keep_if_same(directory: Path, fingerprint: str) -> None:
-    """Empties a directory that holds the work of another fingerprint, else removes what killed writers left there."""
-    mark = directory / "fingerprint"
-    if not mark.exists() or mark.read_text(encoding="utf-8") != fingerprint:
-        if directory.exists():
-            _remove(directory)
-        directory.mkdir(parents=True)
-        mark.write_text(fingerprint, encoding="utf-8")
-    for leftover in directory.glob("*.tmp"):
-        leftover.unlink()
-
-
-def _remove(directory: Path) -> None:
-    """Its mark and its layout go first, so that nothing takes a directory half emptied for whole."""
-    for name in ("fingerprint", LAYOUT_FILE):
-        (directory / name).unlink(missing_ok=True)
-    shutil.rmtree(directory)
-
-
 def _each(items: list[dict[str, Any]], function: Any, settings: dict[str, Any]) -> Iterable[dict[str, Any]]:
     """Runs `function(item, settings)` on every item as one Ray Data task each; results as they finish."""
     import ray
@@ -271,31 +257,13 @@ def _write_packed(run_dir: RunDir, plan: StepPlan, *, parts: tuple[str, ...], st
         "layout": digest(plan.layout_digest, steps_per_file, parts),
     }
     num_files = num_packed_files(plan, steps_per_file)
-    _keep_if_same(run_dir.packed, settings["layout"])
+    keep_if_same(run_dir.packed, settings["layout"])
     with progress("prepare: packed files written", num_files) as bar:
         items = [{"number": number} for number in range(num_files)]
         problems = []
-        for done, row in enumerate(_each(items, _write_packed_slice, settings), 1):
+        for done, row in enumerate(_each(items, write_packed_slice, settings), 1):
             problems += [row["problem"]] if row["problem"] else []
             bar.advance(done)
     if problems:
         raise LongAlignError(listed(sorted(set(problems))))
     write_layout(run_dir.packed, plan, steps_per_file=steps_per_file)
-
-
-def _write_packed_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """What stops it is in the result as `problem`."""
-    number, directory = item["number"], Path(settings["packed"])
-    try:
-        if not (directory / part_name(number)).exists():
-            store, plan = _cached_inputs(settings["store"], settings["plan"], settings["layout"])
-            write_packed_file(store, plan, number, steps_per_file=settings["steps_per_file"], directory=directory)
-    except LongAlignError as error:
-        return {"number": number, "problem": str(error)}
-    return {"number": number, "problem": ""}
-
-
-@lru_cache(maxsize=1)
-def _cached_inputs(store: str, plan: str, layout: str) -> tuple[TokenStore, StepPlan]:
-    """Read once by a process for all its tasks of one `layout`, the fingerprint of the packed blocks."""
-    return TokenStore(Path(store)), StepPlan.load(Path(plan))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
@@ -130,19 +131,35 @@ def read_parquet(file: pq.ParquetFile, *, groups: range, first_row: int) -> Numb
 
 
 def _rows(batch: pa.RecordBatch) -> list[Any]:
-    try:
-        return batch.to_pylist()
-    except (UnicodeDecodeError, OverflowError):
-        return [_row(batch.slice(row, 1)) for row in range(batch.num_rows)]
+    if batch.nbytes <= MAX_RECORD_BYTES:
+        with suppress(UnicodeDecodeError, OverflowError):
+            return batch.to_pylist()
+    return [_row(batch.slice(row, 1)) for row in range(batch.num_rows)]
 
 
 def _row(batch: pa.RecordBatch) -> Any:
+    if batch.nbytes > MAX_RECORD_BYTES:
+        return _too_large(batch.nbytes)
     try:
         return batch.to_pylist()[0]
     except UnicodeDecodeError as error:
         return RecordError("not_utf8", f"a text is not valid UTF-8: {error.reason}")
     except OverflowError as error:
         return RecordError("bad_value", f"a value has no counterpart in Python: {error}")
+
+
+def within_limit(record: Any) -> Any:
+    """A decoded record, or the RecordError that stands for one whose texts are too large."""
+    size = _text_bytes(record)
+    return record if size <= MAX_RECORD_BYTES else _too_large(size)
+
+
+def _text_bytes(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, dict):
+        return sum(map(_text_bytes, value.values()))
+    return sum(map(_text_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def _too_large(size: int) -> RecordError:

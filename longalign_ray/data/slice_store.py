@@ -57,7 +57,7 @@ def tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str, 
     if all(file(store, name).exists() for file in (tokens_file, index_file, summary_file)):
         return {"name": name, "problem": ""}
     rejects: list[dict[str, Any]] = []
-    counts = Counter(records=0, examples=0, cut_examples=0, cut_tokens=0, text_pieces=0)
+    counts = Counter(records=0, examples=0, cut_examples=0, cut_answers=0, cut_tokens=0, text_pieces=0)
     rows: list[tuple[str, int, int, float, int, bytes]] = []
 
     def noted() -> Iterator[Example]:
@@ -131,6 +131,7 @@ def _examples(
         counts.update(
             examples=len(made.examples),
             cut_examples=int(made.num_cut > 0),
+            cut_answers=int(made.cut_answer),
             cut_tokens=made.num_cut,
             text_pieces=len(made.examples) if len(made.examples) > 1 else 0,
         )

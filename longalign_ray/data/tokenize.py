@@ -29,11 +29,13 @@ MAX_CUTS = 16
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """The example of a conversation, or the consecutive examples that a long document is cut into; and the number of
-    tokens that were cut off to keep to data.max_length."""
+    """The example of a conversation, or the consecutive examples that a long document is cut into."""
 
     examples: tuple[Example, ...]
     num_cut: int = 0
+    """Tokens that were cut off to keep to data.max_length."""
+    cut_answer: bool = False
+    """Targets are among the tokens cut off the end: by `cut_right`, or where another policy finds too little to cut."""
 
 
 class ConversationTokenizer:
@@ -129,10 +131,11 @@ class ConversationTokenizer:
             raise RecordError("too_long", f"{length} tokens, and data.max_length = {limit}")
         if policy in POLICIES:
             example = self._shortened(conversation, example)
+        num_targets = example.num_targets
         example = Example(example.example_id, example.input_ids[:limit], example.loss_weight[:limit])
         if example.num_targets == 0:
             raise RecordError("no_target_left", f"all targets lie beyond data.max_length = {limit}")
-        return Tokenized((example,), length - example.length)
+        return Tokenized((example,), length - example.length, example.num_targets < num_targets)
 
     def _shortened(self, conversation: Conversation, example: Example) -> Example:
         """The example made anew of fewer words until it fits; tokens may join differently at a cut, so not at once."""

@@ -297,4 +297,5 @@ def test_real_conversations_are_prepared(tiny_model_dir: Path, tmp_path: Path, s
     recipe = write_recipe(tmp_path, tiny_model_dir, corpus={"paths": paths}, data={"max_length": 1024})
     manifest, _ = prepare(recipe, f"model.chat_template={tmp_path / 'tools.jinja'}")
     assert manifest.counts["records"] == 244 + 234 + 449 + 262
-    assert set(manifest.dropped_by_reason) <= {"too_long"}
+    assert manifest.dropped_by_reason == {"too_long": 612}
+    assert (manifest.counts["examples"], manifest.counts["targets"]) == (577, 145_443)

@@ -136,6 +136,14 @@ def test_duplicates_and_contamination_whatever_the_slices_and_workers(
         assert counts["planned"] + counts["heldout"] == counts["examples"] == len(index) == 41
         assert (counts["evaluation_texts"], counts["evaluation_texts_too_short"]) == (2, 1)
     assert found[0] == found[1] == found[2]
+    for kind in ("store", "packed"):  # whatever the number of workers, the same bytes
+        directories = [tmp_path / name / "run" / "prepare" / kind for name in ("one", "alone")]
+        written = [
+            {path.name: path.read_bytes() for pattern in ("*.arrow", "*.parquet") for path in directory.glob(pattern)}
+            for directory in directories
+        ]
+        assert len(written[0]) > 1
+        assert written[0] == written[1]
     ids, _, rejects, dropped = found[0]
     assert dropped == {"contaminated": 1, "duplicate": 3, "near_duplicate": 1}
     assert ids == [f"a{i}" for i in range(30)] + [f"b{i}" for i in (*range(10), 12)]

@@ -53,12 +53,12 @@ def test_digest_depends_on_values_and_not_on_key_order() -> None:
 def test_two_writers_of_a_file_do_not_meet(tmp_path: Path) -> None:
     """One that was given up and ends late leaves a whole file too."""
     path = tmp_path / "part"
-    with whole_file(path) as late:
-        late.write_text("late, but")
+    with whole_file(path) as late, late.open("w") as file:
+        print("late,", file=file, end="", flush=True)
         with whole_file(path) as other:
             other.write_text("other")
+        print(" but whole", file=file, end="", flush=True)
         assert path.read_text() == "other"
-        late.write_text("late, but whole")
     assert path.read_text() == "late, but whole"
     assert list(tmp_path.iterdir()) == [path]
 

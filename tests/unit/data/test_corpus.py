@@ -185,6 +185,20 @@ def test_a_line_above_the_limit_is_counted_and_never_held(tmp_path: Path, monkey
         assert peak < 20e6
 
 
+@pytest.mark.parametrize("of_hub", [False, True])
+def test_a_row_above_the_limit_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_hub: bool) -> None:
+    """The limit is of a row, however large the 64 are that are decoded together; 350 letters have 700 bytes."""
+    monkeypatch.setattr(record_readers, "MAX_RECORD_BYTES", 500)
+    rows = [{"text": text} for text in ("a" * 400, "é" * 350, "b" * 400)]
+    path = write(tmp_path / ("a.jsonl" if of_hub else "a.parquet"), rows)
+    if of_hub:
+        pytest.importorskip("datasets")
+    (_, before), (number, error), (_, after) = read_all(f"hf://{tmp_path}" if of_hub else path)
+    assert (before, after) == (rows[0], rows[2])
+    assert (number, error.reason) == (2, "record_too_large")
+    assert str(error).startswith("7")  # 700 and what Arrow keeps beside the text
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str) -> None:
     def peak(number: int) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longalign_ray.data.pipeline import _keep_if_same, choose_heldout
+from longalign_ray.data.packed import keep_if_same
+from longalign_ray.data.pipeline import choose_heldout
 
 
 def names(number: int) -> np.ndarray:
@@ -34,10 +35,10 @@ def test_more_data_moves_few() -> None:
 
 def test_a_directory_is_kept_only_for_the_same_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = tmp_path / "packed"
-    _keep_if_same(directory, "one")
+    keep_if_same(directory, "one")
     for name in ("part-00000.arrow", "part-00001.arrow.0a.tmp"):
         (directory / name).touch()
-    _keep_if_same(directory, "one")
+    keep_if_same(directory, "one")
     assert sorted(path.name for path in directory.iterdir()) == ["fingerprint", "part-00000.arrow"]
 
     class Killed(BaseException):
@@ -49,6 +50,6 @@ def test_a_directory_is_kept_only_for_the_same_fingerprint(tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", half_way)
         with pytest.raises(Killed):
-            _keep_if_same(directory, "two")
-    _keep_if_same(directory, "one")  # what is left of it is not taken for whole
+            keep_if_same(directory, "two")
+    keep_if_same(directory, "one")  # what is left of it is not taken for whole
     assert sorted(path.name for path in directory.iterdir()) == ["fingerprint"]

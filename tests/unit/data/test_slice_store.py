@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from longalign_ray.config import DataConfig
-from longalign_ray.data.pipeline import _write_packed_slice
+from longalign_ray.data.packed import write_packed_slice
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.slice_store import EVALUATION_FILE, index_file, summary_file, tokenise_slice, tokens_file
 from longalign_ray.data.store import BatchFile
@@ -54,7 +54,7 @@ def test_records_are_kept_cut_or_rejected_and_counted(tiny_model_dir: Path, tmp_
     whole = 40 + 60 + (index["length"][0] - 61)  # what the short one has beside its 1 + 60 letters
     assert index["length"] == [index["length"][0], 100, 100, 100, 31]
     assert summary["counts"] == {
-        "records": 5, "examples": 5, "cut_examples": 1, "cut_tokens": whole - 100, "text_pieces": 3
+        "records": 5, "examples": 5, "cut_examples": 1, "cut_answers": 1, "cut_tokens": whole - 100, "text_pieces": 3
     }  # fmt: skip
     assert [(reject["line"], reject["reason"]) for reject in summary["rejects"]][1:] == [(5, "no_target_left")]
     assert summary["rejects"][0]["line"] == 4
@@ -133,7 +133,7 @@ def test_a_full_disk_under_packed_blocks_is_named(tmp_path: Path, full_disk: Cal
     names = {"store": str(store.directory), "plan": str(tmp_path / "plan.npz"), "packed": str(tmp_path / "packed")}
     (tmp_path / "packed").mkdir()
     full_disk(".arrow")
-    problem = _write_packed_slice({"number": 0}, {**names, "steps_per_file": 1, "layout": "x"})["problem"]
+    problem = write_packed_slice({"number": 0}, {**names, "steps_per_file": 1, "layout": "x"})["problem"]
     assert problem.startswith(f"{tmp_path / 'packed'} cannot be written; is there space left? ")
     assert not list((tmp_path / "packed").iterdir())
 
@@ -149,6 +149,6 @@ def test_a_process_reads_store_and_plan_once_for_all_packed_files(
     monkeypatch.setattr(StepPlan, "load", staticmethod(lambda path: loads.append(path) or load(path)))
     for number, layout in ((0, "one"), (1, "one"), (2, "two")):  # the second is another plan at the same place
         settings = {**names, "steps_per_file": 1, "layout": layout}
-        assert _write_packed_slice({"number": number}, settings)["problem"] == ""
+        assert write_packed_slice({"number": number}, settings)["problem"] == ""
     assert len(loads) == 2
     assert len(list((tmp_path / "packed").iterdir())) == 3

