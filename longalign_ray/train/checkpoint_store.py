@@ -19,7 +19,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +105,7 @@ class CheckpointStore:
 
     def finish(self, name: str, rank: int, files: FileList, state: TrainState | None = None) -> None:
         """Says that all files of a rank are there; with `state`, which rank 0 gives, that it may be loaded."""
-        self._write(f"{name}/files-{rank:05d}.json", files)
+        self._write(f"{name}/{_list_name(rank)}", files)
         if state is not None:
             self._write(f"{name}/{STATE_FILE}", dataclasses.asdict(state))
 
@@ -122,19 +122,34 @@ class CheckpointStore:
         infos = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
         return sorted((info.base_name for info in infos if info.base_name.startswith(PREFIX)), reverse=True)
 
-    def read(self, name: str) -> StoredCheckpoint:
-        """Raises CheckpointError where the checkpoint was not finished."""
+    def state(self, name: str) -> TrainState:
+        """By state.json and the names of the files of all ranks. CheckpointError where it was not finished."""
         part = STATE_FILE
         try:
             state = TrainState.parse(self._read(f"{name}/{part}"))
-            files: dict[str, tuple[int, str]] = {}
+        except FileNotFoundError as error:
+            raise CheckpointError(f"checkpoint {self.path_of(name)} was not finished: it has no {part}") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"checkpoint {self.path_of(name)}: {part} cannot be read ({error})") from error
+        there = {
+            info.base_name
+            for info in self.filesystem.get_file_info(fs.FileSelector(self.path_of(name), allow_not_found=True))
+        }
+        for rank in range(state.world_size):
+            if _list_name(rank) not in there:
+                raise CheckpointError(f"checkpoint {self.path_of(name)} was not finished: it has no {_list_name(rank)}")
+        return state
+
+    def read(self, name: str) -> StoredCheckpoint:
+        """Raises CheckpointError where the checkpoint was not finished."""
+        state, part = self.state(name), ""
+        files: dict[str, tuple[int, str]] = {}
+        try:
             for rank in range(state.world_size):
-                part = f"files-{rank:05d}.json"
+                part = _list_name(rank)
                 files |= {
                     path: (size, digest) for path, (size, digest) in json.loads(self._read(f"{name}/{part}")).items()
                 }
-        except FileNotFoundError as error:
-            raise CheckpointError(f"checkpoint {self.path_of(name)} was not finished: it has no {part}") from error
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"checkpoint {self.path_of(name)}: {part} cannot be read ({error})") from error
         return StoredCheckpoint(name, state, files)
@@ -188,7 +203,9 @@ class CheckpointStore:
         for problem in problems:
             logger.warning("%s; passed over", problem)
         if best:
-            candidates = sorted(candidates, key=_loss_order)  # stable: the newest of equals first
+            candidates = sorted(
+                candidates, key=lambda stored: _loss_order(stored.state)
+            )  # stable: the newest of equals first
         for stored in candidates:
             if (problem := self.problem(stored, parts=int(checksums))) is None:
                 return stored
@@ -211,13 +228,17 @@ class CheckpointStore:
 
         An unfinished one goes as well; one that is being written is newer than `upto`.
         """
-        stored = [one for one in self.finished()[0] if one.name <= upto]
+        names = [name for name in self.names() if name <= upto]
+        states: dict[str, TrainState] = {}
+        for name in names:
+            with suppress(CheckpointError):
+                states[name] = self.state(name)
         kept: dict[int, str] = {}
-        for one in stored:
+        for name, state in states.items():
             if len(kept) < keep:
-                kept.setdefault(one.state.step, one.name)  # of the same step the newest, the others may be damaged
-        best = [min(stored, key=_loss_order).name] if keep_best and stored else []
-        for name in self.names():
+                kept.setdefault(state.step, name)  # of the same step the newest, the others may be damaged
+        best = [min(states, key=lambda name: _loss_order(states[name]))] if keep_best and states else []
+        for name in names:
             if name < upto and name not in (*kept.values(), *best):
                 self.filesystem.delete_dir(self.path_of(name))
 
@@ -247,6 +268,10 @@ class CheckpointStore:
             yield Path(directory)
 
 
-def _loss_order(stored: StoredCheckpoint) -> float:
-    loss = stored.state.heldout_loss
+def _list_name(rank: int) -> str:
+    return f"files-{rank:05d}.json"
+
+
+def _loss_order(state: TrainState) -> float:
+    loss = state.heldout_loss
     return float("inf") if loss is None or math.isnan(loss) else loss

@@ -19,6 +19,9 @@ WINDOW = 50
 """Steps whose median a loss is compared with."""
 MIN_STEPS = 10
 """Steps before which there is no comparison: the first losses fall too fast to have a typical value."""
+LEAST_USUAL = 1.0
+"""Nats a token: losses below it are all alike to the comparison, as those of a model that learns its texts by heart
+leap by any ratio."""
 
 
 class LossWatch:
@@ -36,11 +39,12 @@ class LossWatch:
             ranks = np.flatnonzero(~np.isfinite(shares_R)).tolist() or list(range(len(shares_R)))
             raise LongAlignError(self._describe("loss", step, f"is {loss}: not finite", ranks))
         if self.max_ratio is not None and len(self.recent) >= MIN_STEPS:
-            usual = median(self.recent)
+            usual = max(median(self.recent), LEAST_USUAL)
             if loss > self.max_ratio * usual:
                 what = (
                     f"is {loss:.4g}, more than train.max_loss_ratio = {self.max_ratio:g} times {usual:.4g}, the median "
-                    f"of the {len(self.recent)} steps before: the largest share"
+                    f"of the {len(self.recent)} steps before (raise it, or set null, if that is as it should be): the "
+                    "largest share"
                 )
                 raise LongAlignError(self._describe("loss", step, what, [int(shares_R.argmax())]))
         self.recent.append(loss)

@@ -51,10 +51,12 @@ class Uploads:
     One is under way at a time, so that no more than one waits on the local disk.
     """
 
-    def __init__(self, store: CheckpointStore, *, rank: int):
+    def __init__(self, store: CheckpointStore, *, rank: int, local_rank: int):
+        """Made before the first step: so no rank of the machine has begun to write when its first one clears up."""
         self._store, self._rank = store, rank
-        self._prefix = f"longalign-{digest(store.path)}-{rank}-"
-        for left in Path(tempfile.gettempdir()).glob(f"{self._prefix}*"):  # by a rank that was killed
+        of_store = f"longalign-{digest(store.path)}-"
+        self._prefix = f"{of_store}{rank}-"
+        for left in Path(tempfile.gettempdir()).glob(f"{of_store}*") if local_rank == 0 else ():  # by ranks killed
             shutil.rmtree(left, ignore_errors=True)
         self._idle = threading.Event()
         self._idle.set()

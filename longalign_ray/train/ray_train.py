@@ -171,7 +171,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
             metrics.write(row)
             sinks.write(row)
 
-    uploads = Uploads(store, rank=context.get_world_rank())
+    uploads = Uploads(store, rank=context.get_world_rank(), local_rank=context.get_local_rank())
 
     def on_checkpoint(step: int) -> None:
         state = TrainState(

@@ -56,7 +56,7 @@ def work(settings: dict[str, Any]) -> None:
     )
     ids = np.random.default_rng(rank).integers(1, 49_152, TOKENS, dtype=np.int32)
     batch = to_batch(Pack.of([Example("e", ids, np.full(TOKENS, 100, np.uint8))]), loss="sequence")
-    uploads, saved = Uploads(store, rank=rank), []
+    uploads, saved = Uploads(store, rank=rank, local_rank=rank), []
 
     def save(directory: Path) -> None:
         started = time.perf_counter()

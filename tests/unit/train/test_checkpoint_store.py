@@ -147,6 +147,20 @@ def test_old_ones_go_but_for_the_best(store: CheckpointStore, tmp_path: Path) ->
     assert names(store) == [12, 10]
 
 
+def test_pruning_reads_no_list_of_files(
+    store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One a rank: with a thousand ranks in an object store the next checkpoint would wait for them."""
+    for step in (2, 4, 6):
+        upto = write(store, tmp_path, step)
+    read, original = [], CheckpointStore._read
+    monkeypatch.setattr(CheckpointStore, "_read", lambda self, name: read.append(name) or original(self, name))
+    store.prune(upto=upto.name, keep=2, keep_best=True)
+    assert names(store) == [6, 4]
+    assert len(read) == 3
+    assert all(name.endswith("/state.json") for name in read)
+
+
 def test_a_step_taken_again_counts_once(store: CheckpointStore, tmp_path: Path) -> None:
     """The first of step 6 may be damaged, as it was passed over: that of step 4 has to stay."""
     write(store, tmp_path, 4)

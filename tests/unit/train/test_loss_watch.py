@@ -6,6 +6,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from longalign_ray.config import TrainConfig
 from longalign_ray.errors import LongAlignError
 from longalign_ray.train.loss_watch import MIN_STEPS, WINDOW, LossWatch
 
@@ -58,7 +59,16 @@ def test_a_leap_over_the_median_stops() -> None:
     assert "the largest share on rank 1 of 2, whose examples were rank 1, micro-step 0: a2001, b2001" in message
 
 
-def test_no_rule_by_default_and_none_before_there_is_a_usual_loss() -> None:
+def test_by_default_a_lost_model_stops_and_a_hard_step_does_not() -> None:
+    usual = TrainConfig().max_loss_ratio
+    assert usual is not None
+    assert watch(usual, [1.6] * WINDOW).check(60, shares(3.5, 2.0)) == 5.5
+    with pytest.raises(LongAlignError, match="raise it, or set null"):
+        watch(usual, [1.6] * WINDOW).check(60, shares(5.2, 5.2))
+    assert watch(usual, [0.01] * WINDOW).check(60, shares(0.4, 0.4)) == 0.8  # learned by heart: 80 times the median
+
+
+def test_no_rule_where_none_is_set_and_none_before_there_is_a_usual_loss() -> None:
     assert watch(None, [1.0] * WINDOW).check(60, shares(500, 500)) == 1_000
     early = watch(2.0, [1.0] * (MIN_STEPS - 1))
     early.check(9, shares(500, 500))
