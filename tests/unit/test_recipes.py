@@ -9,6 +9,7 @@ import pytest
 
 from longalign_ray.cli import main
 from longalign_ray.config_load import load_config
+from longalign_ray.train.memory import LADDER
 from longalign_ray.train.rope import check_window
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
@@ -44,6 +45,9 @@ def test_a_recipe_fits(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["plan", str(RECIPES / f"{name}.yaml"), *settings, "--json"]) == 0
     memory = json.loads(capsys.readouterr().out)["memory"]
     assert memory["fits"], memory
+    set_levers = [name for name in LADDER if memory["levers"][name]]
+    assert set_levers == memory["cheapest_levers"]
+    assert memory["levers"]["sp_degree"] == memory["cheapest_sp_degree"]
     assert 20e9 < memory["rank_bytes"] < 80e9
     config = load_config(RECIPES / f"{name}.yaml", settings)
     longest = config.data.max_length
