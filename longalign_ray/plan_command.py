@@ -93,7 +93,9 @@ def _from_recipe(arguments: argparse.Namespace) -> str:
         raise ConfigError("--model goes with --lengths; a recipe names its model: model.path=...")
     config = load_config(arguments.recipe, arguments.overrides)
     run_dir = RunDir(Path(config.run_dir))  # neither made nor written to: the question may be a what-if
-    model_dir = local_model_dir(config.model.path)
+    if config.before is not None:
+        logger.warning("the run that comes first (`before`) is not counted, neither its memory nor its hours")
+    model_dir = local_model_dir(config.model.path, config_only=True)
     settings = _changed(plan_settings(config, world_size=config.train.max_workers), arguments)
     model = model_shape(model_dir)
     shape = _shape(model)

@@ -253,10 +253,11 @@ def _zero_1(made: Forecast) -> str:
 
 def _time(made: Forecast, took: Times, tflops: float) -> str:
     recomputed = " and recomputation" if made.levers.gradient_checkpointing else ""
+    ring = f"{took.step.ring:,.2f} ring, " if took.step.ring else ""
     lines = [
         f"A step takes {took.step.total:,.2f} s ({took.step.compute:,.2f} forward, backward{recomputed} at {tflops:g} "
-        f"TFLOP/s a rank, {took.step.all_to_all:,.2f} all-to-all, {took.step.overhead:,.2f} fixed; all assumed), the "
-        f"run {took.gpu_hours:,.2f} {'GPU' if made.levers.on_gpu else 'rank'} hours. Updates and transfers to the "
+        f"TFLOP/s a rank, {took.step.all_to_all:,.2f} all-to-all, {ring}{took.step.overhead:,.2f} fixed; all assumed), "
+        f"the run {took.gpu_hours:,.2f} {'GPU' if made.levers.on_gpu else 'rank'} hours. Updates and transfers to the "
         "host are not counted."
     ]
     if took.longest_over_step > 1:

@@ -22,6 +22,7 @@ from longalign_ray.errors import LongAlignError
 from longalign_ray.logs import read_metrics
 from longalign_ray.run_dir import RunDir
 from longalign_ray.train.checkpoint_store import CheckpointStore
+from longalign_ray.train.memory import CPU_FIXED
 from tests.integration.recipes import write_corpus, write_recipe
 from tests.integration.test_corpora import s3, s3_bucket  # noqa: F401  (s3: a fixture)
 
@@ -90,6 +91,7 @@ def test_every_step_is_watched(undisturbed: tuple[RunConfig, RunDir]) -> None:
     assert [row["step"] for row in rows if "heldout_loss" in row] == [len(rows) - 1]
     assert list(rows[-1]["heldout_by_length"]) == ["0-4k"]
     assert abs(rows[-1]["heldout_loss"] - rows[-1]["loss"]) < 1
+    assert rows[-1]["max_memory_gb"] == pytest.approx(CPU_FIXED / 1e9, rel=0.35)  # the model is tiny
     event_files = list((undisturbed[1].metrics.parent / "tensorboard").iterdir())
     assert len(event_files) == 1
     assert b"heldout_by_length/0-4k" in event_files[0].read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,28 @@ def test_a_recipe_whose_corpus_is_not_tokenised(
     assert not (tmp_path / "other").exists()
     assert main(["plan", str(recipe), "--model", "config.json"]) == 2
     assert "model.path" in capsys.readouterr().err
+
+
+def test_a_model_of_the_hub_is_planned_by_its_config_alone(
+    recipe: Path,
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its weights may be 26 GB. The run before this one is named as not counted."""
+    fetched: list[tuple[str, list[str]]] = []
+
+    def snapshot_download(hub_id: str, *, allow_patterns: list[str]) -> str:
+        fetched.append((hub_id, allow_patterns))
+        shutil.copy(tiny_model_dir / "config.json", tmp_path / "config.json")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert main(["plan", str(recipe), "model.path=org/name"]) == 0
+    told = capsys.readouterr()
+    assert fetched == [("org/name", ["config.json"])]
+    assert "290 sequences" in told.out
+    assert "before" not in told.err
+    assert main(["plan", str(recipe), "model.path=org/name", "before.corpus.paths=[long.jsonl]"]) == 0
+    assert "the run that comes first (`before`) is not counted" in capsys.readouterr().err

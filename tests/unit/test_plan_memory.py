@@ -92,9 +92,11 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Cheapest that holds packs of 2,097,152 tokens: tiled MLP, checkpoints on host." in text
     assert "ZeRO-1 does not fit" in text
     assert "80 heads" not in text
-    assert "64 heads: that needs a ring" in plan(
-        capsys, tmp_path, "--model", str(tmp_path), "--world-size", "3", "--sp", "3"
-    )
+    assert " ring, " not in text
+    ring = plan(capsys, tmp_path, "--model", str(tmp_path), "--world-size", "3", "--sp", "3")
+    assert "64 heads: that needs a ring" in ring
+    assert " 0.00 all-to-all, " in ring
+    assert " ring, " in ring
 
 
 def test_the_degree_of_sequence_parallelism_is_a_lever(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
