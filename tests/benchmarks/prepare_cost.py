@@ -56,20 +56,21 @@ def main() -> None:
 
 def measure(corpus: Path, store: Path, model_dir: Path, texts: list[str], core: Any, rounds: int) -> None:
     [file] = corpus_files([str(corpus)])
-    slices = cut_into_slices(file)
+    slices = {f"part-{number}": part for number, part in enumerate(cut_into_slices(file))}
     settings = {
         "data": DataConfig(max_length=131_072).model_dump(),
         "role_order": CorpusConfig().role_order,
         "model_dir": str(model_dir),
         "chat_template": None,
+        "tokenising": "",
         "store": str(store),
     }
     np.save(store / EVALUATION_FILE, np.empty(0, np.uint64))
 
     def prepare() -> None:
-        for number, part in enumerate(slices):
-            summary_file(store, number).unlink(missing_ok=True)  # a slice that is done is left as it is
-            item = {"number": number, "style": "auto", **dataclasses.asdict(part)}
+        for name, part in slices.items():
+            summary_file(store, name).unlink(missing_ok=True)  # a slice that is done is left as it is
+            item = {"name": name, "setting": "corpus", "style": "auto", **dataclasses.asdict(part)}
             if problem := tokenise_slice(item, settings)["problem"]:
                 raise SystemExit(problem)
 
@@ -82,12 +83,13 @@ def measure(corpus: Path, store: Path, model_dir: Path, texts: list[str], core: 
     for _ in range(rounds):
         seconds["encode_batch"].append(cpu_seconds(encode))
         seconds["prepare"].append(cpu_seconds(prepare))
-    lengths = [pq.read_table(index_file(store, number))["length"].to_numpy() for number in range(len(slices))]
+    lengths = [pq.read_table(index_file(store, name))["length"].to_numpy() for name in slices]
     num_tokens = int(np.concatenate(lengths).sum())
-    if sum(map(len, lengths)) != len(texts):
-        raise SystemExit(f"{sum(map(len, lengths))} of {len(texts)} conversations became examples")
     best = {name: min(values) for name, values in seconds.items()}
-    print(f"{len(texts):,} examples, {num_tokens:,} tokens, {corpus.stat().st_size / 1e6:.0f} MB; {model_dir.name}\n")
+    print(
+        f"{len(texts):,} conversations, {sum(map(len, lengths)):,} examples, {num_tokens:,} tokens, "
+        f"{corpus.stat().st_size / 1e6:.0f} MB; {model_dir.name}\n"
+    )
     print("| | CPU s | CPU s a million tokens | ratio |\n|---|---|---|---|")
     for name, value in best.items():
         print(f"| {name} | {value:.2f} | {value / num_tokens * 1e6:.2f} | {value / best['encode_batch']:.2f} |")
