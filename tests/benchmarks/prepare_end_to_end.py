@@ -137,6 +137,7 @@ def main() -> None:
             run_dir = RunDir(Path(scratch) / f"run{number}")
             settings = [f"run_dir={run_dir.root}", f"corpus.paths=[{path}]", f"model.path={MODEL}", "ray.num_cpus=2"]
             settings += ["data.max_length=131072", "packing.capacity=131072", "packing.packs_per_step=8"]
+            settings += ["model.rope={scaling: base, window: 131072}"]  # the model has a shorter window
             use = watch(
                 [sys.executable, "-m", "longalign_ray.cli", "prepare", "jobs/recipes/quickstart.yaml", *settings],
                 Path(scratch) / "log",
