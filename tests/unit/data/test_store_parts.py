@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -47,6 +48,16 @@ def test_what_a_part_depends_on_changes_its_name(paths: list[str]) -> None:
     assert not set(before) & set(names_of(paths=paths, style="text"))
     os.utime(paths[1], ns=(1, 1))
     assert [one == other for one, other in zip(before, names_of(paths=paths), strict=True)] == [True, False, True]
+
+
+def test_another_size_is_another_file_at_the_same_time_of_change(tmp_path: Path) -> None:
+    """Of a compressed file, whose slice has no end that would tell."""
+    path, names = tmp_path / "a.jsonl.gz", []
+    for text in ("one", "one and more"):
+        path.write_bytes(gzip.compress(json.dumps({"text": text}).encode()))
+        os.utime(path, ns=(1, 1))
+        names += names_of(paths=[str(path)])
+    assert names[0] != names[1]
 
 
 def test_files_that_cannot_be_cut_are_named_with_their_setting(paths: list[str], tmp_path: Path) -> None:
