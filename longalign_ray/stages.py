@@ -30,7 +30,7 @@ PACKAGES = ("longalign_ray", "ray", "torch", "transformers", "deepspeed", "pyarr
 
 
 def open_run(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, RunDir]:
-    """Loads the recipe, makes its run directory and saves the resolved config there."""
+    """Loads the recipe and makes its run directory, where the resolved config of what was done last is kept."""
     return open_run_of(load_config(recipe, overrides))
 
 
@@ -44,7 +44,8 @@ def open_run_of(config: RunConfig) -> tuple[RunConfig, RunDir]:
         )
     try:
         run_dir.root.mkdir(parents=True, exist_ok=True)
-        run_dir.config.write_text(dump_config(config), encoding="utf-8")
+        if not run_dir.config.exists():
+            run_dir.config.write_text(dump_config(config), encoding="utf-8")
     except OSError as error:
         raise LongAlignError(
             f"run_dir = {config.run_dir} cannot be written ({error.strerror}); choose another"
@@ -107,8 +108,10 @@ def prepare(config: RunConfig, run_dir: RunDir) -> Manifest:
 
     corpus = corpus_sources(config, run_dir)
 
-    def work() -> Manifest:
+    def check() -> None:
         _check_recipe(config, run_dir, prepared=stage_digest(config, run_dir, "prepare"))  # its data would be lost
+
+    def work() -> Manifest:
         model_dir = starting_model(config, run_dir)
         _check_window(config, model_dir)
         connect_ray(config)
@@ -117,7 +120,7 @@ def prepare(config: RunConfig, run_dir: RunDir) -> Manifest:
         inputs = [path for source in corpus.values() for path in source.paths]
         return _manifest(config, run_dir, "prepare", inputs, outputs, made.counts, made.dropped_by_reason)
 
-    return _stage(config, run_dir, "prepare", work)
+    return _stage(config, run_dir, "prepare", work, check=check)
 
 
 def train(config: RunConfig, run_dir: RunDir) -> Manifest:
@@ -132,8 +135,12 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
 
     _need(run_dir.plan, "prepare")
 
+    prepared = getattr(Manifest.load(run_dir.manifest("prepare")), "config_digest", None)
+
+    def check() -> None:
+        _check_recipe(config, run_dir, prepared=prepared)
+
     def work() -> Manifest:
-        prepared = getattr(Manifest.load(run_dir.manifest("prepare")), "config_digest", None)
         may_resume = _check_recipe(config, run_dir, prepared=prepared)
         model_dir = starting_model(config, run_dir)
         check_model(model_shape(model_dir), config.train.sp_degree)
@@ -164,7 +171,7 @@ def train(config: RunConfig, run_dir: RunDir) -> Manifest:
         outputs = [run_dir.metrics, *([] if config.train.checkpoint_storage else [Path(checkpoint)])]
         return _manifest(config, run_dir, "train", [run_dir.plan], outputs, counts, {})
 
-    return _stage(config, run_dir, "train", work)
+    return _stage(config, run_dir, "train", work, check=check)
 
 
 def export(config: RunConfig, run_dir: RunDir) -> Manifest:
@@ -301,10 +308,19 @@ def corpus_sources(config: RunConfig, run_dir: RunDir) -> dict[str, SourceConfig
     return {DEFAULT_SOURCE: SourceConfig(paths=(str(run_dir.conversations),), style=config.corpus.style)}
 
 
-def _stage(config: RunConfig, run_dir: RunDir, stage: str, work: Callable[[], Manifest]) -> Manifest:
+def _stage(
+    config: RunConfig,
+    run_dir: RunDir,
+    stage: str,
+    work: Callable[[], Manifest],
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> Manifest:
+    """Does `work` unless it is done; what `check` refuses leaves the run as it is."""
     if (done := is_done(config, run_dir, stage)) is not None:
         logger.info("%s: done before, %.0f s", stage, done.seconds)
         return done
+    check()
     logger.info("%s: started", stage)
     started = time.perf_counter()
     run_dir.manifest(stage).unlink(missing_ok=True)
@@ -320,6 +336,7 @@ def _stage(config: RunConfig, run_dir: RunDir, stage: str, work: Callable[[], Ma
         seconds=time.perf_counter() - started,
     )
     manifest.save(run_dir.manifest(stage))
+    run_dir.config.write_text(dump_config(config), encoding="utf-8")  # only now: a refused command changes nothing
     numbers = ", ".join(
         f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}"
         for name, value in manifest.counts.items()

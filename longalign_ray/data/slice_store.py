@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ from longalign_ray.errors import CorpusError, DiskError
 from longalign_ray.run_dir import whole_file, write_json
 
 EVALUATION_FILE = "evaluation_runs.npy"
+INDEX_ROWS = 1 << 16
 
 
 def tokens_file(store: Path, name: str) -> Path:
@@ -57,18 +58,11 @@ def tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str, 
     if all(file(store, name).exists() for file in (tokens_file, index_file, summary_file)):
         return {"name": name, "problem": ""}
     rejects: list[dict[str, Any]] = []
+    fingerprints = fingerprint_bytes(DataConfig(**settings["data"]).dedup)
     counts = Counter(records=0, examples=0, cut_examples=0, cut_answers=0, cut_tokens=0, text_pieces=0)
-    rows: list[tuple[str, int, int, float, int, bytes]] = []
-
-    def noted() -> Iterator[Example]:
-        for line, mark, example in _examples(part, settings, rejects, counts):
-            rows.append((example.example_id, example.length, example.num_targets, example.sum_weights, line, mark))
-            yield example
-
     try:
-        write_examples(tokens_file(store, name), noted())
-        with whole_file(index_file(store, name)) as temporary:
-            pq.write_table(_index_table(rows, DataConfig(**settings["data"])), temporary)
+        with whole_file(index_file(store, name)) as temporary, IndexWriter(temporary, fingerprints) as index:
+            write_examples(tokens_file(store, name), index.noting(_examples(part, settings, rejects, counts)))
         write_json(summary_file(store, name), {"rejects": rejects, "counts": counts})
     except CorpusError as error:
         return {"name": name, "problem": f"{setting}: {error}"}
@@ -77,18 +71,47 @@ def tokenise_slice(item: dict[str, Any], settings: dict[str, Any]) -> dict[str, 
     return {"name": name, "problem": ""}
 
 
-def _index_table(rows: list[tuple[str, int, int, float, int, bytes]], data: DataConfig) -> pa.Table:
-    index = {
-        "example_id": pa.array([row[0] for row in rows], pa.string()),
-        "length": pa.array([row[1] for row in rows], pa.int32()),
-        "num_targets": pa.array([row[2] for row in rows], pa.int32()),
-        "sum_weights": pa.array([row[3] for row in rows], pa.float64()),
-        "row": pa.array(range(len(rows)), pa.int32()),
-        "line": pa.array([row[4] for row in rows], pa.int64()),
-    }
-    if width := fingerprint_bytes(data.dedup):
-        index["fingerprint"] = pa.array([row[5] for row in rows], pa.binary(width))
-    return pa.table(index)
+class IndexWriter:
+    """Index rows to a Parquet file, INDEX_ROWS at a time: a compressed file is one slice, however many it holds."""
+
+    def __init__(self, path: Path, fingerprint_width: int):
+        columns = {
+            "example_id": pa.string(),
+            "length": pa.int32(),
+            "num_targets": pa.int32(),
+            "sum_weights": pa.float64(),
+            "row": pa.int32(),
+            "line": pa.int64(),
+        }
+        if fingerprint_width:
+            columns["fingerprint"] = pa.binary(fingerprint_width)
+        self._schema = pa.schema(list(columns.items()))
+        self._file = pq.ParquetWriter(path, self._schema)
+        self._rows: list[tuple[Any, ...]] = []
+        self._row = 0
+
+    def noting(self, examples: Iterable[tuple[int, bytes, Example]]) -> Iterator[Example]:
+        """The examples of (line, fingerprint, example), each noted."""
+        for line, mark, example in examples:
+            noted = (example.example_id, example.length, example.num_targets, example.sum_weights, self._row, line)
+            self._rows.append((*noted, mark))
+            self._row += 1
+            if len(self._rows) == INDEX_ROWS:
+                self._write()
+            yield example
+
+    def _write(self) -> None:
+        columns = zip(self._schema, zip(*self._rows, strict=True), strict=False)
+        self._file.write_table(pa.table([pa.array(column, field.type) for field, column in columns], self._schema))
+        self._rows = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if kind is None and self._rows:
+            self._write()
+        self._file.close()
 
 
 def _examples(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from longalign_ray.data.corpus import CorpusSlice, cut_into_slices
 from longalign_ray.data.corpus_files import CorpusFile
 from longalign_ray.errors import CorpusError
 from longalign_ray.run_dir import digest
+
+FILES_AT_A_TIME = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +49,25 @@ def store_parts(
     """
     parts: list[StorePart] = []
     problems: list[str] = []
+    with ThreadPoolExecutor(FILES_AT_A_TIME) as threads:  # JSONL is read to its end for this: the wait is for its store
+        cut = {source: list(threads.map(_slices, found)) for source, found in files.items()}
     for source, found in files.items():
         style, setting = sources[source].style or "auto", corpus.setting_of(source)
-        for file in found:
-            try:
-                slices = cut_into_slices(file)
-            except CorpusError as error:
-                problems.append(f"{setting}: {error}")
+        for file, slices in zip(found, cut[source], strict=True):
+            if isinstance(slices, CorpusError):
+                problems.append(f"{setting}: {slices}")
                 continue
             for part in slices:
                 name = f"part-{digest(dataclasses.asdict(part), file.state, style, contents)}"
                 parts.append(StorePart(name, source, style, setting, part))
     return parts, problems
+
+
+def _slices(file: CorpusFile) -> list[CorpusSlice] | CorpusError:
+    try:
+        return cut_into_slices(file)
+    except CorpusError as error:
+        return error
 
 
 def remove_others(store: Path, names: Collection[str] | None) -> None:

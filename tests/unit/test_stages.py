@@ -126,7 +126,7 @@ def test_what_an_interrupted_run_may_change(tmp_path: Path) -> None:
 def test_checkpoints_of_another_recipe_are_kept_and_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Complete or not; those that were never finished are removed, and where it trains may change."""
     monkeypatch.setattr(stages, "starting_model", lambda *arguments: pytest.fail("went on"))
-    config, run_dir = config_of(tmp_path, "train.max_steps=4"), RunDir(tmp_path / "run")
+    config, run_dir = stages.open_run_of(config_of(tmp_path, "train.max_steps=4"))
     write_json(run_dir.trained_recipe, stages._recipe(config, stage_state.stage_digest(config, run_dir, "prepare")))
     run_dir.plan.parent.mkdir()
     run_dir.plan.touch()
@@ -137,9 +137,11 @@ def test_checkpoints_of_another_recipe_are_kept_and_refused(tmp_path: Path, monk
     assert not stages._check_recipe(changed, run_dir, prepared="another")
     store.finish("step-00000002-1", 0, {}, TrainState(2, 0, "plan", 1, 3))
     mark_done(config, run_dir, "prepare")
+    before = {path: path.read_bytes() for path in (run_dir.config, run_dir.manifest("prepare"))}
     for stage in (stages.prepare, stages.train):
         with pytest.raises(PlanMismatchError) as error:
-            stage(changed, run_dir)
+            stage(*stages.open_run_of(changed))
+        assert {path: path.read_bytes() for path in before} == before
         assert "up to step 2 of another recipe" in str(error.value)
         assert "changed: seed (was 0), train.max_steps (was 4). Restore that, choose another run_dir" in str(
             error.value

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from longalign_ray.config import DataConfig
+from longalign_ray.data import slice_store
 from longalign_ray.data.packed import write_packed_slice
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.slice_store import EVALUATION_FILE, index_file, summary_file, tokenise_slice, tokens_file
@@ -64,6 +65,24 @@ def test_records_are_kept_cut_or_rejected_and_counted(tiny_model_dir: Path, tmp_
     assert [example.example_id for example in examples] == index["example_id"]
     assert [example.num_targets for example in examples] == index["num_targets"]
     assert [example.sum_weights for example in examples] == index["sum_weights"]
+
+
+def test_index_rows_are_written_some_at_a_time(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(json.dumps({"text": "x" * (n + 1)}) for n in range(7)), encoding="utf-8")
+    tables = []
+    for name, rows in (("part-a", 1 << 16), ("part-b", 3)):
+        monkeypatch.setattr(slice_store, "INDEX_ROWS", rows)
+        tokenise_slice(item_of(corpus, name), settings_of(tmp_path / "store", tiny_model_dir))
+        with pq.ParquetFile(index_file(tmp_path / "store", name)) as file:
+            assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == (
+                [7] if name == "part-a" else [3, 3, 1]
+            )
+            tables.append(file.read())
+    assert tables[0].equals(tables[1])
+    assert tables[0]["row"].to_pylist() == list(range(7))
 
 
 def test_a_slice_that_is_done_is_not_read_again(tiny_model_dir: Path, tmp_path: Path) -> None:
