@@ -264,6 +264,9 @@ class AdapterConfig(Section):
     """Share of an adapter's inputs that is dropped. Above 0, a resumed run is not bitwise the undisturbed one."""
     target_modules: tuple[str, ...] = ()
     """Names of the linear layers that get one, such as q_proj; empty: all but the head."""
+    quantize: Literal["none", "4bit"] = "none"
+    """`4bit`: the frozen weights of linear layers but the head are held in 4 bits (QLoRA, arXiv 2305.14314; needs the
+    extra `qlora`), and the export adds the adapter to the model as it was. Tried on CPUs alone."""
 
 
 class TrainConfig(Section):
@@ -399,6 +402,10 @@ class TrainConfig(Section):
     @property
     def min_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def quantized(self) -> bool:
+        return self.adapter is not None and self.adapter.quantize == "4bit"
 
     @property
     def max_workers(self) -> int:

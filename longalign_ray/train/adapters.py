@@ -18,10 +18,15 @@ from longalign_ray.train.model import PackedLM, TokenLossHead
 NAME = "default"  # peft's name of the one adapter
 
 
-def check_installed() -> None:
-    """Raises LongAlignError, before any rank starts, where peft is missing."""
+def check_installed(config: AdapterConfig) -> None:
+    """Raises LongAlignError, before any rank starts, where peft, or bitsandbytes for 4 bits, is missing."""
     if importlib.util.find_spec("peft") is None:
         raise LongAlignError("train.adapter needs peft, which is not installed: pip install peft, or leave it out")
+    if config.quantize == "4bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise LongAlignError(
+            "train.adapter.quantize = 4bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or "
+            "set it to none"
+        )
 
 
 def lora_config(config: AdapterConfig) -> Any:

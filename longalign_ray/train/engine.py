@@ -86,7 +86,7 @@ def sharded_loading(config: TrainConfig, *, dtype: str) -> Iterator[None]:
     DeepSpeed would else move the whole of it to every GPU before it divides it: 141 GB of a 70B model in bf16. Rank 0
     reads the files, mapped into memory; every rank keeps its share of each weight. Needs a process group.
     """
-    if config.zero_stage < 3:
+    if config.zero_stage < 3 or config.quantized:  # 4-bit weights are divided once they are quantized
         yield
         return
     _import_deepspeed()
@@ -123,6 +123,7 @@ class TrainEngine:
         )[0]
         if config.zero_stage == 0 and dtype == "bfloat16":
             _undo_first_step(self._engine.optimizer)
+        self._quantized = config.quantized
         self.world_size = dist.get_world_size()
         self.device = self._engine.device
 
@@ -176,7 +177,8 @@ class TrainEngine:
     def load(self, directory: Path) -> None:
         """Restores weights and optimizer. Raises CheckpointError where the shards are missing or unreadable."""
         try:
-            loaded, _ = self._engine.load_checkpoint(str(directory), tag=TAG)
+            # bitsandbytes writes more beside the frozen weights than it reads back
+            loaded, _ = self._engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=not self._quantized)
         except Exception as error:  # DeepSpeed and torch raise whatever comes
             if kind_of(error) is not Kind.OTHER:  # too little memory, or a peer that is gone
                 raise

@@ -5,6 +5,7 @@ Suffixes: t tokens of the rank's part of the pack, N target positions, D hidden 
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -85,6 +86,7 @@ def load_for_training(
             attn_implementation=attention.register(),
             use_safetensors=True,
             trust_remote_code=False,
+            **(_in_4_bits(config, dtype=DTYPES[dtype]) if config.quantized else {}),
         )
     except (OSError, ValueError, KeyError) as error:  # KeyError: attention looked up in a dict of its own
         raise ModelError(f"{model_dir} cannot be loaded for packed training: {error}") from error
@@ -95,6 +97,21 @@ def load_for_training(
         head_chunk=config.head_chunk,
         tiled_mlp=config.tiled_mlp,
     )
+
+
+def _in_4_bits(config: TrainConfig, *, dtype: torch.dtype) -> dict[str, Any]:
+    """How transformers loads the weights for bitsandbytes: as in QLoRA, on the device that will compute with them."""
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # DeepSpeed wants all parameters in one format, and converts others
+    )
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if config.use_gpu else "cpu"
+    return {"quantization_config": quantization, "device_map": {"": device}}
 
 
 def prepare_model(

@@ -41,7 +41,7 @@ def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> str:
 
     check_installed(config.train.sinks)
     if config.train.adapter is not None:
-        check_peft()
+        check_peft(config.train.adapter)
     plan = StepPlan.load(run_dir.plan)
     store = checkpoint_store(config, run_dir)
     if (newest := store.newest(checksums=False)) is not None:  # the ranks look at every byte, each at its share

@@ -1,11 +1,13 @@
 """Run by test_adapters.py as each of two ranks: one step of a LoRA adapter under every ZeRO stage, and its checkpoint.
 
 Prints a JSON object: stage, with `-shared` where the ranks share packs -> relative L2 error of the whole gradient
-against one sequence at a time in fp64.
+against one sequence at a time in fp64; and where bitsandbytes is installed, "stage in 4 bits" -> losses of an
+undisturbed and of a resumed run.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import sys
@@ -21,7 +23,7 @@ from longalign_ray.config import AdapterConfig, TrainConfig
 from longalign_ray.data.store import Example, Pack
 from longalign_ray.train.adapters import add_adapter, lora_config
 from longalign_ray.train.batch import dummy_pack, to_batch
-from longalign_ray.train.model import PackedLM, prepare_model, verify_isolation
+from longalign_ray.train.model import PackedLM, load_for_training, prepare_model, verify_isolation, verify_loss
 from tests.integration.watched_ranks import build, write_training
 
 ADAPTER = AdapterConfig(rank=4, alpha=12)
@@ -91,19 +93,54 @@ def step_error(stage: Literal[0, 1, 2, 3], packs: Any, expected: dict[str, torch
     return (squared_error / squared_norm) ** 0.5
 
 
-def main(directory: Path) -> dict[str, float]:
+def resumed_in_4_bits(stage: Literal[0, 1, 2, 3], packs: Any, directory: Path) -> list[list[float]]:
+    """The losses of two steps, and those of the second one after the checkpoint of the first was loaded."""
+    from longalign_ray.train.checkpoint import TrainState
+    from longalign_ray.train.engine import TrainEngine, all_reduce_sum, sharded_loading
+
+    config = TrainConfig(zero_stage=stage, adapter=ADAPTER.model_copy(update={"quantize": "4bit"}))
+    assert config.adapter is not None
+    runs = []
+    for first_step in (0, 1):
+        with sharded_loading(config, dtype="float32"):
+            model = load_for_training(directory.parent / "model", dtype="float32", config=config)
+        add_adapter(model, config.adapter, seed=1)
+        engine, losses = TrainEngine(model, config, dtype="float32", micro_steps=1), []
+        for verify in (verify_isolation, verify_loss):
+            verify(engine.module, vocab_size=64, device="cpu")
+        if first_step:
+            engine.load(directory)
+        batch = to_batch(packs.pack(0, 0, dist.get_rank()) or dummy_pack(), loss="sequence")
+        for step in range(first_step, 2):
+            losses.append(all_reduce_sum(engine.forward_backward(batch, step_total=2, last=True)).item())
+            engine.step(0.05)
+            if step == 0:
+                engine.save(directory)
+        runs.append(losses)
+    if dist.get_rank() == 0:
+        TrainState(step=1, tokens_seen=0, plan_digest="", world_size=2, zero_stage=stage).save(directory)
+    return runs
+
+
+def main(directory: Path) -> dict[str, Any]:
     own = directory / f"rank-{dist.get_rank()}"
     own.mkdir()
-    errors = {}
+    made: dict[str, Any] = {}
     stages: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
-    for degree, of_place in ((1, ""), (2, "-shared")):
+    for degree, of_place in ((2, "-shared"), (1, "")):
         packs = write_training(own, world_size=2, sp_degree=degree)
         rows = packs.plan.example_rows[: packs.plan.offsets[math.prod(packs.plan.shape[1:])]].tolist()
         expected = one_at_a_time([packs.store.example(row) for row in rows])
         for stage in stages:
             name = f"{stage}{of_place}"
-            errors[name] = step_error(stage, packs, expected, directory / f"stage-{name}")
-    return errors
+            made[name] = step_error(stage, packs, expected, directory / f"stage-{name}")
+    if importlib.util.find_spec("bitsandbytes"):
+        if dist.get_rank() == 0:
+            build(torch.float32, packed=False).save_pretrained(directory / "model")
+        dist.barrier()
+        for stage in (0, 2, 3):
+            made[f"{stage} in 4 bits"] = resumed_in_4_bits(stage, packs, directory / f"4bit-stage-{stage}")
+    return made
 
 
 if __name__ == "__main__":

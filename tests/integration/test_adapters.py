@@ -15,7 +15,7 @@ pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     directory = tmp_path_factory.mktemp("adapters")
     return directory, run_two("tests.integration.adapter_ranks", directory)[0]
 
@@ -34,9 +34,34 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("place", ["", "-shared"])
 @pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
 def test_gradient_is_that_of_one_sequence_at_a_time(
-    trained: tuple[Path, dict[str, float]], stage: str, place: str
+    trained: tuple[Path, dict[str, Any]], stage: str, place: str
 ) -> None:
     assert trained[1][stage + place] < 1e-5
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_over_4_bit_weights_it_resumes_bitwise_and_merges_into_the_model_as_it_was(
+    trained: tuple[Path, dict[str, Any]], base_dir: Path, tmp_path: Path, stage: int
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    from safetensors.torch import load_file
+
+    from tests.integration.adapter_ranks import ADAPTER
+
+    (first, second), resumed = trained[1][f"{stage} in 4 bits"]
+    assert second < first
+    assert resumed == [second]
+    checkpoint = trained[0] / f"4bit-stage-{stage}"
+    adapter = ADAPTER.model_copy(update={"quantize": "4bit"})
+    for form in ("merged", "adapter"):
+        export_model(checkpoint, base_dir, tmp_path / form, dtype="float32", adapter=adapter, form=form)
+    base, merged = (load_file(path / "model.safetensors") for path in (base_dir, tmp_path / "merged"))
+    added = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    a, b = (added[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    change = merged[f"{name}.weight"] - base[f"{name}.weight"]
+    torch.testing.assert_close(change, 3 * b @ a, rtol=1e-4, atol=1e-5)  # alpha 12 over rank 4
+    assert change.any()
 
 
 def logits_of(model: Any) -> torch.Tensor:
@@ -49,7 +74,7 @@ def logits_of(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("stage", ["0", "3", "3-shared"])
 @pytest.mark.parametrize("form", ["merged", "adapter"])
 def test_plain_transformers_or_peft_gives_the_trained_logits(
-    trained: tuple[Path, dict[str, float]],
+    trained: tuple[Path, dict[str, Any]],
     base_dir: Path,
     tmp_path: Path,
     stage: str,

@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
-from longalign_ray.config import AdapterConfig
+from longalign_ray.config import AdapterConfig, TrainConfig
 from longalign_ray.errors import CheckpointError, LongAlignError, ModelError
 from longalign_ray.train.adapters import add_adapter, check_installed, load_adapter
 from longalign_ray.train.batch import to_batch
-from longalign_ray.train.model import prepare_model, verify_isolation
+from longalign_ray.train.model import PackedLM, load_for_training, prepare_model, verify_isolation
 from tests.integration import adapter_ranks
 from tests.integration.watched_ranks import build, write_training
 
@@ -91,4 +92,45 @@ def test_the_sum_is_rounded_once() -> None:
 def test_peft_missing_is_told_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LongAlignError, match="pip install peft"):
-        check_installed()
+        check_installed(AdapterConfig())
+
+
+def test_without_bitsandbytes_4_bits_are_refused_and_plain_weights_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+    check_installed(AdapterConfig())
+    with pytest.raises(LongAlignError, match=r"train\.adapter\.quantize = 4bit needs bitsandbytes"):
+        check_installed(AdapterConfig(quantize="4bit"))
+
+
+def test_gradient_over_4_bit_weights_is_that_over_the_same_in_full(tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    build(torch.float32, packed=False).save_pretrained(tmp_path / "model")
+    pack = write_training(tmp_path, world_size=1).pack(0, 0, 0)
+    assert pack is not None
+
+    def trained(quantize: Literal["none", "4bit"]) -> PackedLM:
+        config = TrainConfig(adapter=AdapterConfig(rank=4, quantize=quantize))
+        model = load_for_training(tmp_path / "model", dtype="float32", config=config)
+        assert config.adapter is not None
+        add_adapter(model, config.adapter, seed=0)
+        return model
+
+    quantized, full = trained("4bit"), trained("none")
+    weights = dict(full.named_parameters())
+    layers = [(n, m) for n, m in quantized.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 2 * 7
+    with torch.no_grad():
+        for name, layer in layers:
+            read = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            rounded = weights[f"{name.removesuffix('.base_layer')}.base_layer.weight"]
+            assert 0.01 < (rounded - read).norm() / read.norm() < 0.2
+            rounded.copy_(read)
+    for model in (quantized, full):
+        model(to_batch(pack, loss="sequence")).backward()
+    compared = 0
+    for name, parameter in quantized.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=1e-4, atol=1e-5, msg=name)
+            compared += 1
+    assert compared == 2 * len(layers)
