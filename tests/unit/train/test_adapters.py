@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -118,7 +118,9 @@ def test_gradient_over_4_bit_weights_is_that_over_the_same_in_full(tmp_path: Pat
 
     quantized, full = trained("4bit"), trained("none")
     weights = dict(full.named_parameters())
-    layers = [(n, m) for n, m in quantized.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    layers: list[tuple[str, Any]] = [
+        (n, m) for n, m in quantized.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)
+    ]
     assert len(layers) == 2 * 7
     with torch.no_grad():
         for name, layer in layers:
