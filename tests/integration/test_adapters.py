@@ -74,11 +74,7 @@ def logits_of(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("stage", ["0", "3", "3-shared"])
 @pytest.mark.parametrize("form", ["merged", "adapter"])
 def test_plain_transformers_or_peft_gives_the_trained_logits(
-    trained: tuple[Path, dict[str, Any]],
-    base_dir: Path,
-    tmp_path: Path,
-    stage: str,
-    form: Literal["merged", "adapter"],
+    trained: tuple[Path, dict[str, Any]], base_dir: Path, tmp_path: Path, stage: str, form: Literal["merged", "adapter"]
 ) -> None:
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
