@@ -46,6 +46,7 @@ lint: setup
 	$(BIN)/pyright
 
 bench: setup
-	@set -e; for script in tests/benchmarks/*.py; do \
+	@failed=""; for script in tests/benchmarks/*.py; do \
 	    case $$script in */__init__.py) continue;; esac; \
-	    echo "## $$script"; PYTHONPATH=. $(BIN)/python $$script; echo; done
+	    echo "## $$script"; PYTHONPATH=. $(BIN)/python $$script || failed="$$failed $$script"; echo; done; \
+	    test -z "$$failed" || { echo "missed its goal or failed:$$failed" >&2; exit 1; }
