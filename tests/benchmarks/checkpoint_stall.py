@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -103,6 +104,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=6)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as `stages.connect_ray` does
     ray.init(num_cpus=3, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     directory = Path(tempfile.mkdtemp(prefix="longalign-stall-"))
     try:
