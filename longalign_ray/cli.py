@@ -26,6 +26,7 @@ HELP = {
     "serve": "serve the base and the aligned model behind an OpenAI-compatible endpoint",
     "evaluate": "needle test and held-out loss, before and after",
     "report": "write report.html",
+    "score": "score predictions on disk, in a benchmark's published format",
     "doctor": "check this machine",
 }
 
@@ -59,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     subcommands = parser.add_subparsers(dest="command", required=True)
     for name, help_text in HELP.items():
         command = subcommands.add_parser(name, help=help_text, description=help_text)
+        if name == "score":
+            _score_arguments(command)
+            continue
         command.add_argument("recipe", nargs="?" if name in ("doctor", "plan") else None, help="YAML file")
         command.add_argument(
             "overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's"
@@ -95,6 +99,12 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="plan.npz", help="write the plan")
 
 
+def _score_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("benchmark", choices=("longbench",))
+    parser.add_argument("predictions", metavar="PRED_DIR", help="directory with a file <set>.jsonl a set")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--example", type=int, default=0, metavar="N", help="row of the store's index, from 0 (0)")
@@ -104,6 +114,11 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "score":
+        from longalign_ray.score_command import describe_scores
+
+        print(describe_scores(arguments))
+        return 0
     from longalign_ray import stages
 
     if arguments.command == "doctor":

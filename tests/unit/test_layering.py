@@ -52,6 +52,7 @@ LAYERS = {
     "plan_command": 7,
     "plan_memory": 7,
     "inspect_command": 7,
+    "score_command": 7,
     "cli": 7,
     "doctor": 7,
 }
