@@ -479,6 +479,24 @@ class NeedleConfig(Section):
     """Tokens generated for an answer."""
 
 
+class LongBenchConfig(Section):
+    """LongBench v1 (arXiv 2308.14508): 21 sets of long documents with questions, English, Chinese and code."""
+
+    data: str
+    """Directory with a file `<set>.jsonl` a set (`<set>_e.jsonl` of LongBench-E), as in the data set's data.zip; or an
+    address of the Hugging Face hub, `hf://ORG/NAME`, whose configurations are the sets."""
+    prompts: str
+    """The benchmark's own `dataset2prompt.json`."""
+    sets: tuple[str, ...] | None = None
+    """Names of the sets; none: all."""
+    extended: bool = False
+    """LongBench-E: 13 of the sets, with rows spread evenly over lengths."""
+    max_prompt_tokens: Annotated[int, Field(ge=2)] = 31_500
+    """Longer prompts lose their middle; the benchmark takes 3,500 for a context of 4k tokens, 7,500, 15,500, 31,500."""
+    rows_per_set: PositiveInt | None = None
+    """Only the first rows of each set; none: all. The scores of some rows are no scores of LongBench."""
+
+
 class EvaluateConfig(Section):
     """What is measured, before (`base`) and after (`aligned`) training."""
 
@@ -494,6 +512,8 @@ class EvaluateConfig(Section):
     """Tries for a request that timed out or was answered with 429 or 5xx."""
     needle: NeedleConfig | None = NeedleConfig()
     """Needle grid; null leaves it out."""
+    longbench: LongBenchConfig | None = None
+    """LongBench v1; null leaves it out."""
     heldout_loss: bool = True
     """Loss of the held-out examples, from the log-probabilities that the endpoint returns."""
 

@@ -224,12 +224,14 @@ def serve(config: RunConfig, run_dir: RunDir) -> None:
 
 
 def evaluate(config: RunConfig, run_dir: RunDir) -> Manifest:
-    """Needle grid and held-out loss over HTTP, from `evaluate.endpoint` or an application started for the purpose."""
+    """Benchmarks over HTTP, from `evaluate.endpoint` or an application started for the purpose."""
+    from longalign_ray.evaluate.runner import evaluate as ask
     from longalign_ray.serve.app import running_app
 
     def work() -> Manifest:
+        cases = _evaluation_cases(config, run_dir)  # first: what is missing is told before servers start
         if config.evaluate.endpoint is not None:
-            counts, dropped = _evaluate_endpoint(config, run_dir, config.evaluate.endpoint)
+            counts, dropped = ask(config.evaluate, run_dir, base_url=config.evaluate.endpoint, cases=cases)
         else:
             models = {
                 name: path for name, path in served_models(config, run_dir).items() if name in config.evaluate.models
@@ -238,31 +240,27 @@ def evaluate(config: RunConfig, run_dir: RunDir) -> Manifest:
             with running_app(
                 models, config.serve, chat_template=config.model.chat_template, dtype=config.model.dtype
             ) as base_url:
-                counts, dropped = _evaluate_endpoint(config, run_dir, base_url)
+                counts, dropped = ask(config.evaluate, run_dir, base_url=base_url, cases=cases)
         return _manifest(config, run_dir, "evaluate", [run_dir.model], [run_dir.scores], counts, dropped)
 
     return _stage(config, run_dir, "evaluate", work)
 
 
-def _evaluate_endpoint(config: RunConfig, run_dir: RunDir, base_url: str) -> tuple[dict[str, Any], dict[str, int]]:
+def _evaluation_cases(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
+    """The cases of each benchmark."""
     from longalign_ray.data.store import TokenStore
     from longalign_ray.data.template import load_tokenizer
     from longalign_ray.evaluate.haystack import default_haystack
-    from longalign_ray.evaluate.runner import evaluate as ask
+    from longalign_ray.evaluate.runner import task_cases
+    from longalign_ray.evaluate.task import TaskInputs
 
     _need(run_dir.store, "prepare")
     store = TokenStore(run_dir.store)
     heldout = [store.example(int(row)) for row in store.index.heldout.nonzero()[0]]
     longest = max(config.evaluate.needle.lengths) if config.evaluate.needle else 0
-    return ask(
-        config.evaluate,
-        run_dir,
-        base_url=base_url,
-        heldout=heldout,
-        haystack=default_haystack(config.seed, min_chars=8 * longest),
-        tokenizer=load_tokenizer(local_model_dir(config.model.path), chat_template=config.model.chat_template),
-        seed=config.seed,
-    )
+    tokenizer = load_tokenizer(local_model_dir(config.model.path), chat_template=config.model.chat_template)
+    haystack = default_haystack(config.seed, min_chars=8 * longest)
+    return task_cases(config.evaluate, TaskInputs(heldout, haystack, tokenizer, config.seed))
 
 
 def report(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:

@@ -102,12 +102,6 @@ def needle_cases(
     return cases
 
 
-def read_answer(case: EvalCase, answer: dict[str, Any]) -> Prediction:
-    """The text of a chat completion. KeyError, IndexError or TypeError where the answer has another shape."""
-    choice = answer["choices"][0]
-    return Prediction(case.case_id, choice["message"]["content"] or "", choice["finish_reason"] or "")
-
-
 def score_needle(cases: Sequence[EvalCase], predictions: Mapping[str, Prediction]) -> tuple[TaskScore, dict[str, Any]]:
     """The mean over the answered cells, and the grid: rows are depths, columns lengths, None where no answer came.
 

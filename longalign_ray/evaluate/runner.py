@@ -11,17 +11,25 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from longalign_ray.config import EvaluateConfig
-from longalign_ray.data.store import Example
-from longalign_ray.data.template import Tokenizer
 from longalign_ray.errors import EvaluationError
 from longalign_ray.evaluate import heldout as heldout_task
+from longalign_ray.evaluate import longbench as longbench_task
 from longalign_ray.evaluate import needle as needle_task
 from longalign_ray.evaluate.endpoint import Endpoint, RequestFailed
 from longalign_ray.evaluate.predictions import PredictionFile, file_stem
-from longalign_ray.evaluate.task import AnswerError, EvalCase, Prediction, TaskScore, in_asking_order
+from longalign_ray.evaluate.task import (
+    AnswerError,
+    EvalCase,
+    Prediction,
+    TaskInputs,
+    TaskScore,
+    in_asking_order,
+    read_text,
+)
 from longalign_ray.logs import progress
 from longalign_ray.run_dir import RunDir, digest, write_json
 
@@ -30,15 +38,44 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """How the answers to a task are read and scored."""
+    """How the cases of a task are made, and their answers read and scored.
 
-    read_answer: Callable[[EvalCase, dict[str, Any]], Prediction]
+    `make_cases` gives None where the settings leave the task out; `score` gives the score and its details, of which
+    those in `in_manifest` go into the manifest, each under the name that stands for it there. `write_published` writes
+    the predictions into a directory in the benchmark's own format, for other scorers.
+    """
+
+    make_cases: Callable[[EvaluateConfig, TaskInputs], list[EvalCase] | None]
     score: Callable[[Sequence[EvalCase], Mapping[str, Prediction]], tuple[TaskScore, dict[str, Any]]]
+    read_answer: Callable[[EvalCase, dict[str, Any]], Prediction] = read_text
+    in_manifest: Mapping[str, str] = field(default_factory=dict)
+    write_published: Callable[[Path, Sequence[EvalCase], Mapping[str, Prediction]], None] | None = None
+
+
+def _needle(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | None:
+    return config.needle and needle_task.needle_cases(
+        config.needle, haystack=inputs.haystack, tokenizer=inputs.tokenizer, seed=inputs.seed
+    )
+
+
+def _heldout(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | None:
+    return heldout_task.heldout_cases(inputs.heldout) if config.heldout_loss else None
+
+
+def _longbench(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | None:
+    return config.longbench and longbench_task.longbench_cases(
+        config.longbench, tokenizer=inputs.tokenizer, seed=inputs.seed
+    )
 
 
 BENCHMARKS = {
-    needle_task.TASK: Benchmark(needle_task.read_answer, needle_task.score_needle),
-    heldout_task.TASK: Benchmark(heldout_task.read_answer, heldout_task.score_heldout),
+    needle_task.TASK: Benchmark(_needle, needle_task.score_needle, in_manifest={"exact": "needle_exact"}),
+    heldout_task.TASK: Benchmark(
+        _heldout, heldout_task.score_heldout, heldout_task.read_answer, in_manifest={"token_loss": "heldout_token_loss"}
+    ),
+    longbench_task.TASK: Benchmark(
+        _longbench, longbench_task.score_longbench, write_published=longbench_task.write_longbench
+    ),
 }
 
 
@@ -58,36 +95,35 @@ class _Sheet:
 
 
 def evaluate(
-    config: EvaluateConfig,
-    run_dir: RunDir,
-    *,
-    base_url: str,
-    heldout: Sequence[Example],
-    haystack: str,
-    tokenizer: Tokenizer,
-    seed: int,
+    config: EvaluateConfig, run_dir: RunDir, *, base_url: str, cases: Mapping[str, list[EvalCase]]
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Counts and scores of every model, and the number of failed cases by reason.
 
-    Counts hold `cases`, `answered`, `resumed` (answered by an earlier, killed run), `retries` and for each model its
-    `<model>_needle_accuracy`, `<model>_needle_exact`, `<model>_heldout_loss` (Eq. 2) and `<model>_heldout_token_loss`.
+    `cases` are those of `task_cases`. Counts hold `cases`, `answered`, `resumed` (answered by an earlier, killed run),
+    `retries` and for each model `<model>_<metric>` of each task, such as `<model>_needle_accuracy`,
+    `<model>_needle_exact`, `<model>_heldout_loss` (Eq. 2) and `<model>_heldout_token_loss`.
     Raises EvaluationError where the endpoint does not answer, lacks a model, or fails every case of a task.
     """
-    cases: dict[str, list[EvalCase]] = {}
-    if config.needle is not None:
-        cases[needle_task.TASK] = needle_task.needle_cases(
-            config.needle, haystack=haystack, tokenizer=tokenizer, seed=seed
-        )
-    if config.heldout_loss:
-        cases[heldout_task.TASK] = heldout_task.heldout_cases(heldout)
-    for task in [task for task, of_task in cases.items() if not of_task]:
-        logger.warning("evaluate: %s has no case and is left out", task)
-        del cases[task]
     return asyncio.run(_evaluate(config, run_dir, base_url, cases))
 
 
+def task_cases(config: EvaluateConfig, inputs: TaskInputs) -> dict[str, list[EvalCase]]:
+    """The cases of each task that the settings ask for. Raises EvaluationError where one cannot be made.
+
+    No endpoint is needed: what is missing is told before a server is started.
+    """
+    cases: dict[str, list[EvalCase]] = {}
+    for task, benchmark in BENCHMARKS.items():
+        of_task = benchmark.make_cases(config, inputs)
+        if of_task:
+            cases[task] = of_task
+        elif of_task is not None:
+            logger.warning("evaluate: %s has no case and is left out", task)
+    return cases
+
+
 async def _evaluate(
-    config: EvaluateConfig, run_dir: RunDir, base_url: str, cases: dict[str, list[EvalCase]]
+    config: EvaluateConfig, run_dir: RunDir, base_url: str, cases: Mapping[str, list[EvalCase]]
 ) -> tuple[dict[str, Any], dict[str, int]]:
     async with Endpoint(
         base_url,
@@ -185,14 +221,14 @@ def _score(run_dir: RunDir, sheet: _Sheet) -> dict[str, float]:
             f"{sheet.task} of {sheet.model}: all {len(sheet.cases)} cases failed ({reasons}); see the warnings above, "
             f"put the endpoint right and run `longalign evaluate` again: answered cases are kept"
         )
-    score, details = BENCHMARKS[sheet.task].score(sheet.cases, sheet.predictions.found)
+    benchmark = BENCHMARKS[sheet.task]
+    score, details = benchmark.score(sheet.cases, sheet.predictions.found)
     write_json(
         run_dir.scores / f"{file_stem(sheet.task, sheet.model)}.json",
         {"model": sheet.model, **asdict(score), "failed_by_reason": dict(sheet.failed), **details},
     )
-    numbers = {f"{sheet.model}_{score.metric}": score.value}
-    if sheet.task == needle_task.TASK:
-        numbers[f"{sheet.model}_needle_exact"] = details["exact"]
-    if sheet.task == heldout_task.TASK:
-        numbers[f"{sheet.model}_heldout_token_loss"] = details["token_loss"]
-    return numbers
+    if benchmark.write_published is not None:
+        directory = run_dir.predictions / file_stem(sheet.task, sheet.model)
+        benchmark.write_published(directory, sheet.cases, sheet.predictions.found)
+    more = {f"{sheet.model}_{name}": details[detail] for detail, name in benchmark.in_manifest.items()}
+    return {f"{sheet.model}_{score.metric}": score.value} | more

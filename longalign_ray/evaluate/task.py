@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from longalign_ray.data.store import Example
+from longalign_ray.data.template import Tokenizer
+
 
 @dataclass(frozen=True, slots=True)
 class EvalCase:
@@ -50,12 +53,29 @@ class TaskScore:
     by_group: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class TaskInputs:
+    """What cases are made from, beside the settings."""
+
+    heldout: Sequence[Example]
+    haystack: str
+    tokenizer: Tokenizer
+    seed: int
+
+
 class AnswerError(ValueError):
     """An answer that came back but holds nothing to score; `reason` is the short name under which it is counted."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
         self.reason = reason
+
+
+def read_text(case: EvalCase, answer: dict[str, Any]) -> Prediction:
+    """The text of a completion or a chat completion. KeyError, IndexError or TypeError where the answer is neither."""
+    choice = answer["choices"][0]
+    text = choice["message"]["content"] if case.path == "/chat/completions" else choice["text"]
+    return Prediction(case.case_id, text or "", choice["finish_reason"] or "")
 
 
 def in_asking_order(cases: Iterable[EvalCase]) -> list[EvalCase]:

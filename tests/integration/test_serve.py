@@ -23,7 +23,8 @@ from longalign_ray.errors import ServingError
 from longalign_ray.evaluate.haystack import default_haystack
 from longalign_ray.evaluate.needle import needle_cases
 from longalign_ray.evaluate.report import write_report
-from longalign_ray.evaluate.runner import evaluate
+from longalign_ray.evaluate.runner import evaluate, task_cases
+from longalign_ray.evaluate.task import TaskInputs
 from longalign_ray.run_dir import RunDir
 from tests.tiny_model import write_tiny_model
 
@@ -231,9 +232,8 @@ def test_evaluate_against_the_served_models(models: dict[str, Path], base_url: s
     tokenizer = load_tokenizer(models["base"])
     run_dir = RunDir(tmp_path)
     haystack = default_haystack(0, min_chars=20_000)
-    arguments: dict[str, Any] = {
-        "base_url": base_url, "heldout": examples, "haystack": haystack, "tokenizer": tokenizer, "seed": 0
-    }  # fmt: skip
+    inputs = TaskInputs(examples, haystack, tokenizer, seed=0)
+    arguments: dict[str, Any] = {"base_url": base_url, "cases": task_cases(config, inputs)}
     counts, failed = evaluate(config, run_dir, **arguments)
     assert failed == {}
     assert (counts["cases"], counts["answered"]) == (14, 14)

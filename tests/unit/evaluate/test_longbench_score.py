@@ -94,7 +94,7 @@ def test_bad_directories_and_files_are_told(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"holds no file <set>\.jsonl"):
         score_directory(tmp_path)
     path = write(tmp_path, "hotpot", [row("a", "a")])
-    with pytest.raises(EvaluationError, match="LongBench has no set 'hotpot'; .* hotpotqa"):
+    with pytest.raises(EvaluationError, match=r"LongBench has no set 'hotpot'; .* hotpotqa"):
         score_directory(tmp_path)
     path.rename(tmp_path / "hotpotqa.jsonl").write_bytes(b"\xff")
     with pytest.raises(EvaluationError, match=r"hotpotqa\.jsonl is not UTF-8"):

@@ -11,9 +11,9 @@ from longalign_ray.config import NeedleConfig
 from longalign_ray.data.template import encode_prompt
 from longalign_ray.errors import EvaluationError
 from longalign_ray.evaluate.haystack import default_haystack
-from longalign_ray.evaluate.needle import DISTRACTORS, NEEDLE, TASK_TEXT, needle_cases, read_answer, score_needle
+from longalign_ray.evaluate.needle import DISTRACTORS, NEEDLE, TASK_TEXT, needle_cases, score_needle
 from longalign_ray.evaluate.scoring import content_words, words
-from longalign_ray.evaluate.task import Prediction
+from longalign_ray.evaluate.task import Prediction, read_text
 from tests.conftest import SHARED_DATA
 from tests.unit.evaluate.tokenizers import KINDS, make_tokenizer
 
@@ -143,9 +143,9 @@ def test_an_answer_without_text_is_read_as_an_empty_one(byte_tokenizer: Any, tmp
         0
     ]
     answer = {"choices": [{"message": {"content": None}, "finish_reason": "length"}]}
-    assert read_answer(case, answer) == Prediction("needle-500-0", "", "length")
+    assert read_text(case, answer) == Prediction("needle-500-0", "", "length")
     with pytest.raises((KeyError, IndexError, TypeError)):
-        read_answer(case, {"choices": []})
+        read_text(case, {"choices": []})
 
 
 @pytest.mark.parametrize("number", [1, 4, 8])

@@ -18,7 +18,8 @@ from longalign_ray.errors import EvaluationError
 from longalign_ray.evaluate import endpoint as endpoint_module
 from longalign_ray.evaluate.haystack import default_haystack
 from longalign_ray.evaluate.needle import NEEDLE
-from longalign_ray.evaluate.runner import evaluate
+from longalign_ray.evaluate.runner import evaluate, task_cases
+from longalign_ray.evaluate.task import TaskInputs
 from longalign_ray.run_dir import RunDir
 from tests.unit.evaluate.stub_server import Reply, chat, echo, stub_server
 from tests.unit.evaluate.tokenizers import make_tokenizer
@@ -40,9 +41,8 @@ def settings(**changes: Any) -> EvaluateConfig:
 
 
 def run(config: EvaluateConfig, run_dir: Path, base_url: str, tokenizer: Any) -> tuple[dict[str, Any], dict[str, int]]:
-    return evaluate(
-        config, RunDir(run_dir), base_url=base_url, heldout=HELDOUT, haystack=HAYSTACK, tokenizer=tokenizer, seed=0
-    )
+    inputs = TaskInputs(HELDOUT, HAYSTACK, tokenizer, seed=0)
+    return evaluate(config, RunDir(run_dir), base_url=base_url, cases=task_cases(config, inputs))
 
 
 def good(body: dict[str, Any], attempt: int = 1) -> Reply:
@@ -275,14 +275,7 @@ def test_model_names_with_slashes_have_their_own_files(tmp_path: Path, tokenizer
 
 def test_without_held_out_examples_their_loss_is_left_out(tmp_path: Path, tokenizer: Any):
     with stub_server(good) as stub:
-        counts, _ = evaluate(
-            settings(),
-            RunDir(tmp_path),
-            base_url=stub.base_url,
-            heldout=[],
-            haystack=HAYSTACK,
-            tokenizer=tokenizer,
-            seed=0,
-        )
+        cases = task_cases(settings(), TaskInputs([], HAYSTACK, tokenizer, seed=0))
+        counts, _ = evaluate(settings(), RunDir(tmp_path), base_url=stub.base_url, cases=cases)
     assert counts["cases"] == 12
     assert "base_heldout_loss" not in counts
