@@ -497,6 +497,30 @@ class LongBenchConfig(Section):
     """Only the first rows of each set; none: all. The scores of some rows are no scores of LongBench."""
 
 
+class LongBenchV2Config(Section):
+    """LongBench v2 (arXiv 2412.15204): 503 questions with four choices about contexts of 8k to 2M words."""
+
+    data: str = "hf://THUDM/LongBench-v2"
+    """The benchmark's data.json, or its address on the Hugging Face hub."""
+    prompts: str
+    """The benchmark's own directory `prompts`."""
+    chain_of_thought: bool = False
+    """Let the model think first, then ask for the choice: two requests a question."""
+    max_prompt_tokens: Annotated[int, Field(ge=2)] = 120_000
+    """Longer prompts lose their middle."""
+    rows: PositiveInt | None = None
+    """Only the first questions; none: all."""
+
+
+class LongEvalConfig(Section):
+    """LongEval of LongChat: retrieval of a line's number, and of the first topic of a conversation."""
+
+    data: str
+    """Directory with files `N_lines.jsonl` and `N_topics.jsonl`."""
+    rows_per_file: PositiveInt | None = None
+    """Only the first cases of each file; none: all."""
+
+
 class EvaluateConfig(Section):
     """What is measured, before (`base`) and after (`aligned`) training."""
 
@@ -514,6 +538,10 @@ class EvaluateConfig(Section):
     """Needle grid; null leaves it out."""
     longbench: LongBenchConfig | None = None
     """LongBench v1; null leaves it out."""
+    longbench_v2: LongBenchV2Config | None = None
+    """LongBench v2; null leaves it out."""
+    longeval: LongEvalConfig | None = None
+    """LongEval; null leaves it out."""
     heldout_loss: bool = True
     """Loss of the held-out examples, from the log-probabilities that the endpoint returns."""
 

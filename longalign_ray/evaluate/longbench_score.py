@@ -101,10 +101,11 @@ def _score_file(path: Path, of: LongBenchSet) -> tuple[list[float | None], list[
             continue
         try:
             row = _checked(json.loads(line))
-            unscored = row["pred"] is None or not row["answers"]
-            scores.append(
-                None if unscored else score_row(of, row["pred"], answers=row["answers"], all_classes=row["all_classes"])
-            )
+            pred, answers, classes = row["pred"], row["answers"], row["all_classes"]
+            if pred is None or not answers:
+                scores.append(None)
+            else:
+                scores.append(score_row(of, pred, answers=answers, all_classes=classes))
         except ValueError as error:
             raise EvaluationError(
                 f'{path}, line {number}: {error}; a line is {{"pred": "...", "answers": ["..."], "all_classes": null, '

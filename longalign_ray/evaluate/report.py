@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from longalign_ray.evaluate import page, sections
-from longalign_ray.evaluate.summary import Summary, summarize
+from longalign_ray.evaluate.summary import BENCHMARK_TITLES, Summary, summarize
 from longalign_ray.run_dir import RunDir, write_json
 
 
@@ -51,6 +51,10 @@ def summary_table(summary: Summary) -> str:
         rows["held-out loss"] = ", ".join(f"{model} {score['value']:.3f}" for model, score in heldout.items())
     if needle := summary["needle"]:
         rows["needle accuracy"] = ", ".join(f"{model} {score['value']:.1%}" for model, score in needle.items())
+    for task, scores in summary["benchmarks"].items():
+        rows[BENCHMARK_TITLES[task]] = ", ".join(
+            f"{model} {100 * score['value']:.1f}" for model, score in scores.items()
+        )
     dropped = {stage: sum(part["dropped_by_reason"].values()) for stage, part in summary["stages"].items()}
     rows["dropped"] = ", ".join(f"{stage} {number:,}" for stage, number in dropped.items() if number) or "nothing"
     width = max(map(len, rows)) + 2

@@ -18,6 +18,8 @@ from longalign_ray.config import EvaluateConfig
 from longalign_ray.errors import EvaluationError
 from longalign_ray.evaluate import heldout as heldout_task
 from longalign_ray.evaluate import longbench as longbench_task
+from longalign_ray.evaluate import longbench_v2 as longbench_v2_task
+from longalign_ray.evaluate import longeval as longeval_task
 from longalign_ray.evaluate import needle as needle_task
 from longalign_ray.evaluate.endpoint import Endpoint, RequestFailed
 from longalign_ray.evaluate.predictions import PredictionFile, file_stem
@@ -42,7 +44,8 @@ class Benchmark:
 
     `make_cases` gives None where the settings leave the task out; `score` gives the score and its details, of which
     those in `in_manifest` go into the manifest, each under the name that stands for it there. `write_published` writes
-    the predictions into a directory in the benchmark's own format, for other scorers.
+    the predictions into a directory in the benchmark's own format, for other scorers. `second_request` makes the
+    request that follows a first answer, whose text it is given; the second answer is then the prediction.
     """
 
     make_cases: Callable[[EvaluateConfig, TaskInputs], list[EvalCase] | None]
@@ -50,6 +53,7 @@ class Benchmark:
     read_answer: Callable[[EvalCase, dict[str, Any]], Prediction] = read_text
     in_manifest: Mapping[str, str] = field(default_factory=dict)
     write_published: Callable[[Path, Sequence[EvalCase], Mapping[str, Prediction]], None] | None = None
+    second_request: Callable[[EvalCase, str], dict[str, Any] | None] = lambda case, text: None
 
 
 def _needle(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | None:
@@ -68,6 +72,18 @@ def _longbench(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | N
     )
 
 
+def _longbench_v2(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | None:
+    return config.longbench_v2 and longbench_v2_task.longbench_v2_cases(
+        config.longbench_v2, tokenizer=inputs.tokenizer, seed=inputs.seed
+    )
+
+
+def _longeval(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | None:
+    return config.longeval and longeval_task.longeval_cases(
+        config.longeval, tokenizer=inputs.tokenizer, seed=inputs.seed
+    )
+
+
 BENCHMARKS = {
     needle_task.TASK: Benchmark(_needle, needle_task.score_needle, in_manifest={"exact": "needle_exact"}),
     heldout_task.TASK: Benchmark(
@@ -76,6 +92,13 @@ BENCHMARKS = {
     longbench_task.TASK: Benchmark(
         _longbench, longbench_task.score_longbench, write_published=longbench_task.write_longbench
     ),
+    longbench_v2_task.TASK: Benchmark(
+        _longbench_v2,
+        longbench_v2_task.score_longbench_v2,
+        in_manifest={"no_choice": "longbench_v2_no_choice"},
+        second_request=longbench_v2_task.second_request,
+    ),
+    longeval_task.TASK: Benchmark(_longeval, longeval_task.score_longeval),
 }
 
 
@@ -160,7 +183,12 @@ def _open_sheet(config: EvaluateConfig, run_dir: RunDir, task: str, model: str, 
     """Digests tie an answer to request, model name, endpoint and exported weights: a retrained model is asked anew."""
     export = run_dir.manifest("export")
     weights = export.read_text(encoding="utf-8") if export.exists() else ""
-    digests = {case.case_id: digest(config.endpoint, weights, model, case.path, case.request) for case in cases}
+    digests = {}
+    for case in cases:
+        requests = [case.request]
+        if (second := BENCHMARKS[task].second_request(case, "")) is not None:
+            requests.append(second)
+        digests[case.case_id] = digest(config.endpoint, weights, model, case.path, *requests)
     path = run_dir.predictions / f"{file_stem(task, model)}.jsonl"
     return _Sheet(task, model, cases, digests, PredictionFile(path, digests))
 
@@ -189,6 +217,10 @@ async def _ask(endpoint: Endpoint, sheet: _Sheet, case: EvalCase) -> None:
     try:
         answer = await endpoint.post(case.path, {"model": sheet.model, **case.request})
         prediction = _read_answer(case, answer)
+        second = BENCHMARKS[case.task].second_request(case, prediction.text)
+        if second is not None:
+            answer = await endpoint.post(case.path, {"model": sheet.model, **second})
+            prediction = replace(_read_answer(case, answer), thoughts=prediction.text)
     except (RequestFailed, AnswerError) as failure:
         if failure.reason not in sheet.failed:
             logger.warning(

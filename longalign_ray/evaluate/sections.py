@@ -5,7 +5,7 @@ from __future__ import annotations
 from longalign_ray.evaluate import page
 from longalign_ray.evaluate.charts import Bars, Line, bar_chart, bar_rows, line_chart, slot_bars
 from longalign_ray.evaluate.heat_map import heat_map, scale_legend
-from longalign_ray.evaluate.summary import FILL_BINS, Summary
+from longalign_ray.evaluate.summary import BENCHMARK_TITLES, FILL_BINS, Summary
 from longalign_ray.evaluate.svg import short
 
 
@@ -43,7 +43,7 @@ def _change(title: str, scores: Summary, *, style: str, better: int, unit: str, 
 
 
 def evaluation(summary: Summary) -> str:
-    """Needle heat maps side by side, and the held-out losses."""
+    """Needle heat maps side by side, the held-out losses, and a table for each other benchmark."""
     if needle := summary["needle"]:
         parts = [_needle(model, score) for model, score in needle.items()]
     else:
@@ -58,7 +58,25 @@ def evaluation(summary: Summary) -> str:
     else:
         parts.append(page.missing("Held-out loss", summary["missing"]["heldout"]))
     explanation = "The same questions, asked of the served models before and after training."
+    parts += [
+        _benchmark(title, summary["benchmarks"].get(task), summary["missing"].get(task))
+        for task, title in BENCHMARK_TITLES.items()
+        if task in summary["benchmarks"] or task in summary["missing"]
+    ]
     return page.section("What training changed", explanation, page.figures(*parts))
+
+
+def _benchmark(title: str, scores: Summary | None, missing: str | None) -> str:
+    """A row for the whole and one for each part of the benchmark, a column a model, in per cent."""
+    if scores is None:
+        return page.missing(title, missing or "")
+    parts = list(dict.fromkeys(part for score in scores.values() for part in score["by_group"]))
+    rows = [("all", *(f"{100 * score['value']:.1f}" for score in scores.values()))]
+    for part in parts:
+        of_part = [score["by_group"].get(part) for score in scores.values()]
+        rows.append((part, *("–" if value is None else f"{100 * value:.1f}" for value in of_part)))
+    answered = " ".join(dict.fromkeys(_answered(score) for score in scores.values()))
+    return page.figure(f"{title} (%)", page.table(("Part", *scores), rows), answered)
 
 
 def _needle(model: str, score: Summary) -> str:

@@ -20,13 +20,16 @@ from longalign_ray.run_dir import STAGES, Manifest, RunDir
 Summary = dict[str, Any]
 
 FILL_BINS = 20
+# Tasks that are shown as tables; the name of a task's score files begins with it, and none begins with another's.
+BENCHMARK_TITLES = {"longbench": "LongBench", "longbench_v2": "LongBench v2", "longeval": "LongEval"}
 SERIES = ("step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds")
 
 
 def summarize(run_dir: RunDir) -> Summary:
-    """Sections `examples`, `packs`, `training`, `needle`, `heldout`, `stages`, `versions`.
+    """Sections `examples`, `packs`, `training`, `needle`, `heldout`, `benchmarks`, `stages`, `versions`.
 
     A section is null where its artefact does not exist or cannot be read; `missing` then says why, by section.
+    `benchmarks` has the scores of the other tasks, by task and model; none is asked for unless a recipe names it.
     """
     manifests = [manifest for stage in STAGES if (manifest := Manifest.load(run_dir.manifest(stage)))]
     missing: dict[str, str] = {}
@@ -46,6 +49,7 @@ def summarize(run_dir: RunDir) -> Summary:
             missing[name] = f"cannot be read ({error}); `longalign {stage}` makes it anew"
         if summary[name] is None and name not in missing:
             missing[name] = f"not there yet; `longalign {stage}` makes it"
+    summary["benchmarks"] = _benchmarks(run_dir, missing)
     summary["stages"] = {
         manifest.stage: {
             "seconds": manifest.seconds,
@@ -187,6 +191,18 @@ def _heldout_series(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         "loss": [row["heldout_loss"] for row in rows],
         "by_length": {name: [row["heldout_by_length"][name] for row in rows] for name in rows[0]["heldout_by_length"]},
     }
+
+
+def _benchmarks(run_dir: RunDir, missing: dict[str, str]) -> dict[str, Any]:
+    """Scores of each task of BENCHMARK_TITLES that there are; one that cannot be read is told in `missing`."""
+    found: dict[str, Any] = {}
+    for task in BENCHMARK_TITLES:
+        try:
+            if scores := _scores(run_dir, task):
+                found[task] = scores
+        except (OSError, ValueError, KeyError) as error:
+            missing[task] = f"cannot be read ({error}); `longalign evaluate` makes it anew"
+    return found
 
 
 def _scores(run_dir: RunDir, task: str) -> dict[str, Any] | None:

@@ -30,7 +30,8 @@ class EvalCase:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the endpoint answered to a case; `values` holds numbers read from the answer (a loss, a token count).
+    """What the endpoint answered to a case; `values` holds numbers read from the answer (a loss, a token count),
+    `thoughts` what it answered before, where a task asks twice.
 
     `request_digest` ties it to the request and model that it answers, so that a later run knows whether it still holds.
     """
@@ -40,6 +41,7 @@ class Prediction:
     finish_reason: str
     values: dict[str, float] = field(default_factory=dict)
     request_digest: str = ""
+    thoughts: str = ""
 
 
 @dataclass(frozen=True, slots=True)

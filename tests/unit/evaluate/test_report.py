@@ -246,3 +246,21 @@ def test_attribute_values_are_escaped(run_dir: RunDir):
     write_json(path, score | {"model": '"><script>x</script>'})
     write_report(run_dir)
     check_html(run_dir.report_html.read_text(encoding="utf-8"))
+
+
+def test_other_benchmarks_are_tables_of_models_side_by_side(run_dir: RunDir):
+    write_artefacts(run_dir)
+    for model, value, by_group in (("after", 0.75, {"qasper": 0.5, "lcc": 1.0}), ("zero", 0.25, {"qasper": 0.25})):
+        score = {"model": model, "value": value, "num_cases": 3, "by_group": by_group, "failed_by_reason": {}}
+        write_json(run_dir.scores / f"longbench-{model}.json", score)
+    (run_dir.scores / "longeval-zero.json").write_text("{", encoding="utf-8")
+    summary = write_report(run_dir)
+    text = run_dir.report_html.read_text(encoding="utf-8")
+    check_html(text)
+    assert list(summary["benchmarks"]) == ["longbench"]
+    assert set(summary["missing"]) == {"longeval"}
+    assert "LongEval: cannot be read" in text
+    for row in (("Part", "zero", "after"), ("all", "25.0", "75.0"), ("qasper", "25.0", "50.0"), ("lcc", "–", "100.0")):
+        cells = r"</t[dh]>\s*<t[dh][^>]*>".join(map(re.escape, row))
+        assert re.search(rf">{cells}</t[dh]>", text), row
+    assert "LongBench        zero 25.0, after 75.0" in summary_table(summary)
