@@ -16,11 +16,12 @@ import openai
 import pytest
 import torch
 
-from longalign_ray.config import EvaluateConfig, NeedleConfig, ServeConfig
+from longalign_ray.config import EvaluateConfig, LongBenchConfig, NeedleConfig, ServeConfig
 from longalign_ray.data.store import Example
 from longalign_ray.data.template import encode_prompt, load_tokenizer
 from longalign_ray.errors import ServingError
 from longalign_ray.evaluate.haystack import default_haystack
+from longalign_ray.evaluate.longbench_score import score_directory
 from longalign_ray.evaluate.needle import needle_cases
 from longalign_ray.evaluate.report import write_report
 from longalign_ray.evaluate.runner import evaluate, task_cases
@@ -226,9 +227,25 @@ def loss_by_transformers(model_dir: Path, examples: list[Example]) -> tuple[floa
     return float(torch.stack([loss.mean() for loss in losses]).mean()), float(torch.cat(losses).mean())
 
 
+def longbench_files(directory: Path) -> LongBenchConfig:
+    """A row of a set with a chat template and one of a set without, both longer than the models' context."""
+    directory.mkdir()
+    row = {"input": "why?", "context": "x = 1\n" * 1_000, "answers": ["x"], "length": 5_000, "all_classes": None}
+    for name in ("hotpotqa", "lcc"):
+        (directory / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    prompts = dict.fromkeys(("hotpotqa", "lcc"), "{context} {input}")
+    (directory / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
+    return LongBenchConfig(
+        data=str(directory), prompts=str(directory / "prompts.json"), sets=("hotpotqa", "lcc"), max_prompt_tokens=1_000
+    )
+
+
 def test_evaluate_against_the_served_models(models: dict[str, Path], base_url: str, tmp_path: Path):
     examples = heldout_examples()
-    config = EvaluateConfig(models=("base", "aligned"), concurrency=4, needle=NEEDLES, max_attempts=2)
+    longbench = longbench_files(tmp_path / "longbench")
+    config = EvaluateConfig(
+        models=("base", "aligned"), concurrency=4, needle=NEEDLES, longbench=longbench, max_attempts=2
+    )
     tokenizer = load_tokenizer(models["base"])
     run_dir = RunDir(tmp_path)
     haystack = default_haystack(0, min_chars=20_000)
@@ -236,7 +253,7 @@ def test_evaluate_against_the_served_models(models: dict[str, Path], base_url: s
     arguments: dict[str, Any] = {"base_url": base_url, "cases": task_cases(config, inputs)}
     counts, failed = evaluate(config, run_dir, **arguments)
     assert failed == {}
-    assert (counts["cases"], counts["answered"]) == (14, 14)
+    assert (counts["cases"], counts["answered"]) == (18, 18)
     for name, model_dir in models.items():
         sequence_mean, token_mean = loss_by_transformers(model_dir, examples)
         assert counts[f"{name}_heldout_loss"] == pytest.approx(sequence_mean, abs=1e-4)
@@ -244,10 +261,13 @@ def test_evaluate_against_the_served_models(models: dict[str, Path], base_url: s
         assert counts[f"{name}_needle_accuracy"] == 0.0  # random weights find nothing
         grid = json.loads((run_dir.scores / f"needle-{name}.json").read_text(encoding="utf-8"))["grid"]
         assert grid == [[0.0, 0.0], [0.0, 0.0]]
+        published = score_directory(run_dir.predictions / f"longbench-{name}")
+        assert published.rows["lcc"] == {"scored": 1, "unscored": 0, "published": 500}
+        assert counts[f"{name}_longbench"] == pytest.approx(sum(published.scores.values()) / 200)
     assert counts["base_heldout_loss"] != pytest.approx(counts["aligned_heldout_loss"], abs=1e-3)
 
     again, _ = evaluate(config, run_dir, **arguments)
-    assert again == counts | {"resumed": 14}
+    assert again == counts | {"resumed": 18}
 
     summary = write_report(run_dir)
     assert summary["heldout"]["base"]["value"] == counts["base_heldout_loss"]

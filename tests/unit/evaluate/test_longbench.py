@@ -99,6 +99,7 @@ def test_the_middle_goes_and_twice_half_the_limit_stays(limit: int, tokenizer: A
     half = limit // 2
     assert num_tokens == len(cut) == (26 if limit == 26 else 2 * half)
     assert cut == text[:half] + text[-half:] if limit < 26 else text
+    assert without_middle(text[:limit], max_tokens=limit, tokenizer=tokenizer) == (text[:limit], limit)
 
 
 def test_special_tokens_count_and_are_not_in_the_text(tokenizer: Any):
