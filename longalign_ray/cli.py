@@ -24,7 +24,7 @@ HELP = {
     "train": "train; an interrupted run continues where it stopped",
     "export": "write the newest checkpoint as a Hugging Face directory",
     "serve": "serve the base and the aligned model behind an OpenAI-compatible endpoint",
-    "evaluate": "needle test and held-out loss, before and after",
+    "evaluate": "needle test, held-out loss and benchmarks, before and after",
     "report": "write report.html",
     "score": "score predictions on disk, in a benchmark's published format",
     "doctor": "check this machine",

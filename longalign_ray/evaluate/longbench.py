@@ -40,8 +40,10 @@ def longbench_cases(config: LongBenchConfig, *, tokenizer: Tokenizer, seed: int)
     for of in _wanted(config):
         if of.name not in prompts:
             raise EvaluationError(f"evaluate.longbench.prompts: {config.prompts} has no {of.name}; {PROMPTS_REMEDY}")
-        rows = read_rows(_source(config, of), setting="evaluate.longbench.data", fields=FIELDS, remedy=DATA_REMEDY)
+        source = _source(config, of)
+        rows = read_rows(source, setting="evaluate.longbench.data", fields=FIELDS, remedy=DATA_REMEDY)
         for number, row in enumerate(rows[: config.rows_per_set]):
+            _check_scorable(of, row, place=f"{source}, row {number + 1}")
             prompt = filled(prompts[of.name], row, placeholder=PLACEHOLDER)
             text, num_tokens = without_middle(prompt, max_tokens=config.max_prompt_tokens, tokenizer=tokenizer)
             request = {"max_tokens": of.max_new_tokens, "temperature": 0.0, "seed": seed}
@@ -117,6 +119,17 @@ def _wanted(config: LongBenchConfig) -> list[LongBenchSet]:
             f"evaluate.longbench.sets names {', '.join(unknown)}, and {which} has {', '.join(known)}: correct the name"
         )
     return [of for name, of in known.items() if config.sets is None or name in config.sets]
+
+
+def _check_scorable(of: LongBenchSet, row: dict[str, Any], *, place: str) -> None:
+    """Raises EvaluationError where an answer to the row could not be scored, before any is asked for: where reference
+    answers or classes are not what the metric needs, or a package that finds words is not installed."""
+    try:
+        if not row["answers"] or not all(isinstance(answer, str) for answer in row["answers"]):
+            raise ValueError(f"the field 'answers' is {str(row['answers'])[:80]!r}, and must be a list of texts")
+        score_row(of, "", answers=row["answers"], all_classes=row["all_classes"])
+    except ValueError as error:
+        raise EvaluationError(f"{place}: {error}; {DATA_REMEDY}") from error
 
 
 def _source(config: LongBenchConfig, of: LongBenchSet) -> str:

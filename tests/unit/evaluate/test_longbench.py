@@ -174,6 +174,11 @@ def test_what_is_not_on_disk_is_told_with_the_way_to_get_it(config: LongBenchCon
     path = Path(config.data) / "hotpotqa.jsonl"
     path.write_text('{"input": "a", "context": "b", "answers": "c", "length": 1, "all_classes": null}\n')
     assert f"{path}, line 1 lacks answers, or it is of the wrong type" in told()
+    path.write_text('{"input": "a", "context": "b", "answers": [1], "length": 1, "all_classes": null}\n')
+    assert f"{path}, row 1: the field 'answers' is '[1]'" in told()
+    trec = Path(config.data) / "trec.jsonl"
+    trec.write_text('{"input": "a", "context": "b", "answers": ["c"], "length": 1, "all_classes": null}\n')
+    assert f"{trec}, row 1: all_classes is empty" in told(sets=("trec",))
     path.write_text("{}\n{")
     assert f"{path}, line 2 is not JSON" in told()
     path.write_text("\n")
