@@ -250,8 +250,8 @@ def _evaluation_cases(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
     """The cases of each benchmark."""
     from longalign_ray.data.store import TokenStore
     from longalign_ray.data.template import load_tokenizer
+    from longalign_ray.evaluate.benchmarks import task_cases
     from longalign_ray.evaluate.haystack import default_haystack
-    from longalign_ray.evaluate.runner import task_cases
     from longalign_ray.evaluate.task import TaskInputs
 
     _need(run_dir.store, "prepare")

@@ -9,97 +9,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from longalign_ray.config import EvaluateConfig
 from longalign_ray.errors import EvaluationError
-from longalign_ray.evaluate import heldout as heldout_task
-from longalign_ray.evaluate import longbench as longbench_task
-from longalign_ray.evaluate import longbench_v2 as longbench_v2_task
-from longalign_ray.evaluate import longeval as longeval_task
-from longalign_ray.evaluate import needle as needle_task
+from longalign_ray.evaluate.benchmarks import BENCHMARKS
 from longalign_ray.evaluate.endpoint import Endpoint, RequestFailed
 from longalign_ray.evaluate.predictions import PredictionFile, file_stem
-from longalign_ray.evaluate.task import (
-    AnswerError,
-    EvalCase,
-    Prediction,
-    TaskInputs,
-    TaskScore,
-    in_asking_order,
-    read_text,
-)
+from longalign_ray.evaluate.task import AnswerError, EvalCase, Prediction, in_asking_order
 from longalign_ray.logs import progress
 from longalign_ray.run_dir import RunDir, digest, write_json
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Benchmark:
-    """How the cases of a task are made, and their answers read and scored.
-
-    `make_cases` gives None where the settings leave the task out; `score` gives the score and its details, of which
-    those in `in_manifest` go into the manifest, each under the name that stands for it there. `write_published` writes
-    the predictions into a directory in the benchmark's own format, for other scorers. `second_request` makes the
-    request that follows a first answer, whose text it is given; the second answer is then the prediction.
-    """
-
-    make_cases: Callable[[EvaluateConfig, TaskInputs], list[EvalCase] | None]
-    score: Callable[[Sequence[EvalCase], Mapping[str, Prediction]], tuple[TaskScore, dict[str, Any]]]
-    read_answer: Callable[[EvalCase, dict[str, Any]], Prediction] = read_text
-    in_manifest: Mapping[str, str] = field(default_factory=dict)
-    write_published: Callable[[Path, Sequence[EvalCase], Mapping[str, Prediction]], None] | None = None
-    second_request: Callable[[EvalCase, str], dict[str, Any] | None] = lambda case, text: None
-
-
-def _needle(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | None:
-    return config.needle and needle_task.needle_cases(
-        config.needle, haystack=inputs.haystack, tokenizer=inputs.tokenizer, seed=inputs.seed
-    )
-
-
-def _heldout(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | None:
-    return heldout_task.heldout_cases(inputs.heldout) if config.heldout_loss else None
-
-
-def _longbench(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | None:
-    return config.longbench and longbench_task.longbench_cases(
-        config.longbench, tokenizer=inputs.tokenizer, seed=inputs.seed
-    )
-
-
-def _longbench_v2(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | None:
-    return config.longbench_v2 and longbench_v2_task.longbench_v2_cases(
-        config.longbench_v2, tokenizer=inputs.tokenizer, seed=inputs.seed
-    )
-
-
-def _longeval(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | None:
-    return config.longeval and longeval_task.longeval_cases(
-        config.longeval, tokenizer=inputs.tokenizer, seed=inputs.seed
-    )
-
-
-BENCHMARKS = {
-    needle_task.TASK: Benchmark(_needle, needle_task.score_needle, in_manifest={"exact": "needle_exact"}),
-    heldout_task.TASK: Benchmark(
-        _heldout, heldout_task.score_heldout, heldout_task.read_answer, in_manifest={"token_loss": "heldout_token_loss"}
-    ),
-    longbench_task.TASK: Benchmark(
-        _longbench, longbench_task.score_longbench, write_published=longbench_task.write_longbench
-    ),
-    longbench_v2_task.TASK: Benchmark(
-        _longbench_v2,
-        longbench_v2_task.score_longbench_v2,
-        in_manifest={"no_choice": "longbench_v2_no_choice"},
-        second_request=longbench_v2_task.second_request,
-    ),
-    longeval_task.TASK: Benchmark(_longeval, longeval_task.score_longeval),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,27 +45,12 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Counts and scores of every model, and the number of failed cases by reason.
 
-    `cases` are those of `task_cases`. Counts hold `cases`, `answered`, `resumed` (answered by an earlier, killed run),
+    `cases` are made by `task_cases`. Counts hold `cases`, `answered`, `resumed` (answered by an earlier, killed run),
     `retries` and for each model `<model>_<metric>` of each task, such as `<model>_needle_accuracy`,
     `<model>_needle_exact`, `<model>_heldout_loss` (Eq. 2) and `<model>_heldout_token_loss`.
     Raises EvaluationError where the endpoint does not answer, lacks a model, or fails every case of a task.
     """
     return asyncio.run(_evaluate(config, run_dir, base_url, cases))
-
-
-def task_cases(config: EvaluateConfig, inputs: TaskInputs) -> dict[str, list[EvalCase]]:
-    """The cases of each task that the settings ask for. Raises EvaluationError where one cannot be made.
-
-    No endpoint is needed: what is missing is told before a server is started.
-    """
-    cases: dict[str, list[EvalCase]] = {}
-    for task, benchmark in BENCHMARKS.items():
-        of_task = benchmark.make_cases(config, inputs)
-        if of_task:
-            cases[task] = of_task
-        elif of_task is not None:
-            logger.warning("evaluate: %s has no case and is left out", task)
-    return cases
 
 
 async def _evaluate(

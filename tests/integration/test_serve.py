@@ -20,11 +20,12 @@ from longalign_ray.config import EvaluateConfig, LongBenchConfig, NeedleConfig, 
 from longalign_ray.data.store import Example
 from longalign_ray.data.template import encode_prompt, load_tokenizer
 from longalign_ray.errors import ServingError
+from longalign_ray.evaluate.benchmarks import task_cases
 from longalign_ray.evaluate.haystack import default_haystack
 from longalign_ray.evaluate.longbench_score import score_directory
 from longalign_ray.evaluate.needle import needle_cases
 from longalign_ray.evaluate.report import write_report
-from longalign_ray.evaluate.runner import evaluate, task_cases
+from longalign_ray.evaluate.runner import evaluate
 from longalign_ray.evaluate.task import TaskInputs
 from longalign_ray.run_dir import RunDir
 from tests.tiny_model import write_tiny_model

@@ -11,11 +11,12 @@ import pytest
 from longalign_ray.config import EvaluateConfig, LongBenchConfig
 from longalign_ray.errors import CorpusError, EvaluationError
 from longalign_ray.evaluate.benchmark_rows import filled
+from longalign_ray.evaluate.benchmarks import task_cases
 from longalign_ray.evaluate.cut_prompt import without_middle
 from longalign_ray.evaluate.longbench import longbench_cases
 from longalign_ray.evaluate.longbench_score import score_directory
 from longalign_ray.evaluate.longbench_sets import LONGBENCH_SETS
-from longalign_ray.evaluate.runner import evaluate, task_cases
+from longalign_ray.evaluate.runner import evaluate
 from longalign_ray.evaluate.task import TaskInputs
 from longalign_ray.run_dir import RunDir
 from tests.unit.evaluate.stub_server import Reply, chat, stub_server

@@ -10,8 +10,9 @@ import pytest
 
 from longalign_ray.config import EvaluateConfig, LongBenchV2Config
 from longalign_ray.errors import EvaluationError
+from longalign_ray.evaluate.benchmarks import task_cases
 from longalign_ray.evaluate.longbench_v2 import longbench_v2_cases, read_choice, score_longbench_v2, second_request
-from longalign_ray.evaluate.runner import evaluate, task_cases
+from longalign_ray.evaluate.runner import evaluate
 from longalign_ray.evaluate.task import Prediction, TaskInputs
 from longalign_ray.run_dir import RunDir
 from tests.unit.evaluate.stub_server import Reply, chat, stub_server

@@ -9,8 +9,9 @@ import pytest
 from longalign_ray.config import EvaluateConfig, LongEvalConfig
 from longalign_ray.data.template import encode_prompt
 from longalign_ray.errors import EvaluationError
+from longalign_ray.evaluate.benchmarks import task_cases
 from longalign_ray.evaluate.longeval import is_right, longeval_cases, score_longeval
-from longalign_ray.evaluate.runner import evaluate, task_cases
+from longalign_ray.evaluate.runner import evaluate
 from longalign_ray.evaluate.task import Prediction, TaskInputs
 from longalign_ray.run_dir import RunDir
 from tests.unit.evaluate.stub_server import Reply, chat, stub_server

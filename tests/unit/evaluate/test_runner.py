@@ -16,9 +16,10 @@ from longalign_ray.config import EvaluateConfig, NeedleConfig
 from longalign_ray.data.store import Example
 from longalign_ray.errors import EvaluationError
 from longalign_ray.evaluate import endpoint as endpoint_module
+from longalign_ray.evaluate.benchmarks import task_cases
 from longalign_ray.evaluate.haystack import default_haystack
 from longalign_ray.evaluate.needle import NEEDLE
-from longalign_ray.evaluate.runner import evaluate, task_cases
+from longalign_ray.evaluate.runner import evaluate
 from longalign_ray.evaluate.task import TaskInputs
 from longalign_ray.run_dir import RunDir
 from tests.unit.evaluate.stub_server import Reply, chat, echo, stub_server
