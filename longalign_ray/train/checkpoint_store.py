@@ -119,8 +119,10 @@ class CheckpointStore:
 
     def names(self) -> list[str]:
         """Of all checkpoints, finished or not, the newest first."""
-        infos = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
-        return sorted((info.base_name for info in infos if info.base_name.startswith(PREFIX)), reverse=True)
+        # To the bottom: Google Storage lists only those directories that were made as such, and copying them loses it.
+        infos = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True, recursive=True))
+        below = {info.path.removeprefix(f"{self.path}/").partition("/")[0] for info in infos}
+        return sorted((name for name in below if name.startswith(PREFIX)), reverse=True)
 
     def state(self, name: str) -> TrainState:
         """By state.json and the names of the files of all ranks. CheckpointError where it was not finished."""
