@@ -119,7 +119,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     from longalign_ray.data.packed import PackReader
     from longalign_ray.precision import resolve_dtype
     from longalign_ray.train.adapters import add_adapter
-    from longalign_ray.train.engine import TrainEngine, quiet_deepspeed, sharded_loading
+    from longalign_ray.train.engine import TrainEngine, quiet_deepspeed
     from longalign_ray.train.loop import StepMetrics, train_loop
     from longalign_ray.train.model import load_for_training, model_digest, verify_isolation, verify_loss
     from longalign_ray.train.resume import agree_on_checkpoint, loadable
@@ -135,8 +135,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     plan = _plan_for_ranks(settings, world_size)
     packs = PackReader(plan, store_dir=Path(settings["store"]), packed_dir=Path(settings["packed"]))
     rope = RopeConfig(**settings["rope"])
-    with sharded_loading(config, dtype=dtype):
-        model = load_for_training(settings["model_dir"], dtype=dtype, config=config, rope=rope)
+    model = load_for_training(settings["model_dir"], dtype=dtype, config=config, rope=rope)
     if config.adapter is not None:
         add_adapter(model, config.adapter, seed=plan.seed)
     vocab_size, trained = int(model.model.config.vocab_size), model_digest(model)
