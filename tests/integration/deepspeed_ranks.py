@@ -270,6 +270,40 @@ def bfloat16_errors(stage: Literal[0, 1, 2, 3]) -> dict[str, float]:
     }
 
 
+def offload_errors() -> dict[str, float]:
+    """Of what is kept on the host: how far the updates of three steps in ZeRO-3 are from those without, by setting.
+
+    The optimizer is then DeepSpeed's own kernel, in place of torch's.
+    """
+
+    def updates(**settings: bool) -> torch.Tensor:
+        config = TrainConfig(zero_stage=3, weight_decay=0.1, max_grad_norm=0.5, **settings)
+        model = prepare_model(build("llama", torch.float32, packed=True), gradient_checkpointing=True, head_chunk=4)
+        engine = TrainEngine(model, config, dtype="float32", micro_steps=2)
+        before, mine = master_weights(engine), slots(4)[dist.get_rank() :: 2]
+        for step in range(3):
+            for number, slot in enumerate(mine):
+                engine.forward_backward(batch_of(slot, "sequence"), step_total=NUM_SEQUENCES, last=number == 1)
+            engine.step(1e-3 / (step + 1))
+        return master_weights(engine) - before
+
+    plain = updates()
+    settings: list[dict[str, bool]] = [
+        {"offload_optimizer": True},
+        {"offload_parameters": True},
+        {"offload_optimizer": True, "offload_parameters": True},
+    ]
+    return {"+".join(some): ((updates(**some) - plain).norm() / plain.norm()).item() for some in settings}
+
+
+def builds_cpu_adam() -> bool:
+    """Whether DeepSpeed's optimizer for the host has been compiled before, or is to be now by BUILD_CPU_ADAM=1."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return os.environ.get("BUILD_CPU_ADAM") == "1" or any(root.glob("**/cpu_adam.so"))
+
+
 CURVE = TrainConfig(zero_stage=3, weight_decay=0.1, max_grad_norm=0.5, betas=(0.9, 0.95))
 
 
@@ -368,6 +402,7 @@ def run_rank(rank: int, world_size: int, port: int, cases: list[Case], results: 
         made["curve"] = reference_curve()
     if world_size == 2:
         made["curve"] = loss_curve()
+        made["offload"] = offload_errors() if builds_cpu_adam() else None
         made["loaded"] = load_two_ways(results.parent)
         made["bfloat16"] = [bfloat16_errors(stage) for stage in (0, 1, 2, 3)]
     if rank == 0:
