@@ -74,7 +74,8 @@ def load_for_training(
 ) -> PackedLM:
     """The model of a local directory with variable-length attention, the chunked loss head, and `rope` applied.
 
-    Divided over the ranks as it is read, where they are to divide it (collective). Raises ModelError where the directory is no causal language model, or one of whose parts cannot be replaced.
+    Divided over the ranks as it is read, where they are to divide it (collective). Raises ModelError where the
+    directory is no causal language model, or one of whose parts cannot be replaced.
     """
     from transformers import AutoModelForCausalLM
 

@@ -87,8 +87,9 @@ def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> str:
             trainer.fit()
         except Exception as error:  # Ray wraps a worker's error in one of several types of its own
             failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
-            told = explain(failures, config) if failures else getattr(error, "controller_failure", error)
-            raise LongAlignError(f"training failed: {told}") from error
+            cause = getattr(error, "controller_failure", error)  # it writes beside the checkpoints
+            of_ray = store.unreachable(cause) if isinstance(cause, OSError) else cause
+            raise LongAlignError(f"training failed: {explain(failures, config) if failures else of_ray}") from error
     last = store.newest(checksums=False)
     if last is None:
         raise LongAlignError("training ended without a checkpoint; see the log of the workers above")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
+from longalign_ray.errors import StorageError
 from longalign_ray.train.checkpoint import TrainState
 from longalign_ray.train.checkpoint_store import CheckpointStore, list_files
 from tests.integration.resume_ranks import CASES, Case
@@ -61,6 +62,11 @@ def test_checkpoints_in_an_object_store(
     newest = store.newest()
     assert newest is not None
     assert newest.state.step == 4
+    if scheme == "s3":  # Google's library tries for 15 minutes
+        gone = CheckpointStore.at("s3://runs/mine/checkpoints", endpoint="http://127.0.0.1:9")
+        for ask in (gone.names, lambda: gone.problem(newest), lambda: gone.upload(tmp_path / "2", "step-00000002-2")):
+            with pytest.raises(StorageError, match="runs/mine/checkpoints in s3 cannot be read or written"):
+                ask()
     with store.local_copy(newest.name) as directory:
         assert (directory / "deepspeed" / "shard.pt").read_bytes() == bytes([4]) * 100_000
     store.prune(upto="step-00000006-1", keep=2, keep_best=False)
