@@ -277,7 +277,7 @@ def offload_errors() -> dict[str, float]:
     """
 
     def updates(**settings: bool) -> torch.Tensor:
-        config = TrainConfig(zero_stage=3, weight_decay=0.1, max_grad_norm=0.5, **settings)
+        config = TrainConfig(zero_stage=3, weight_decay=0.1, max_grad_norm=0.5).model_copy(update=settings)
         model = prepare_model(build("llama", torch.float32, packed=True), gradient_checkpointing=True, head_chunk=4)
         engine = TrainEngine(model, config, dtype="float32", micro_steps=2)
         before, mine = master_weights(engine), slots(4)[dist.get_rank() :: 2]
