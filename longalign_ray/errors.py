@@ -37,6 +37,10 @@ class CheckpointError(LongAlignError):
     """A checkpoint is missing, incomplete, or belongs to another plan."""
 
 
+class StorageError(LongAlignError):
+    """The place of the checkpoints does not answer or refuses; it may be back when the run is tried again."""
+
+
 class ServingError(LongAlignError):
     """The endpoint could not be started or does not answer."""
 

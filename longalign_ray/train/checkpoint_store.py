@@ -26,7 +26,7 @@ from pathlib import Path
 from pyarrow import fs
 
 from longalign_ray.data.corpus_files import file_system
-from longalign_ray.errors import CheckpointError
+from longalign_ray.errors import CheckpointError, StorageError
 from longalign_ray.train.checkpoint import STATE_FILE, TrainState
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,10 @@ def list_files(directory: Path) -> FileList:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointStore:
-    """All checkpoints of a run: directories below `path`. Pickles, so that every rank may have it."""
+    """All checkpoints of a run: directories below `path`. Pickles, so that every rank may have it.
+
+    Every method raises StorageError where the store does not answer: what cannot be looked at is not taken for damaged.
+    """
 
     filesystem: fs.FileSystem
     path: str
@@ -87,21 +90,43 @@ class CheckpointStore:
     def is_local(self) -> bool:
         return isinstance(self.filesystem, fs.LocalFileSystem)
 
+    def unreachable(self, error: Exception) -> StorageError:
+        """What to raise for an error of the file system."""
+        if self.is_local:
+            where, remedy = self.path, "the disk is there, has room and may be written"
+        else:
+            where, remedy = f"{self.path} in {self.filesystem.type_name}", "the store answers and takes the credentials"
+        return StorageError(
+            f"the checkpoints below {where} cannot be read or written ({error}): see that {remedy}; the same command "
+            "then continues from the newest of them"
+        )
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Around what asks the file system: turns its errors into ours, but for that of a file that is not there."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise self.unreachable(error) from error
+
     def path_of(self, name: str) -> str:
         return f"{self.path}/{name}"
 
     def upload(self, directory: Path, name: str) -> None:
         """Adds the files of a local directory to a checkpoint."""
-        self.filesystem.create_dir(self.path_of(name))
         threads = not isinstance(self.filesystem, fs.S3FileSystem)  # Arrow's threaded uploads to S3 may lock up
-        fs.copy_files(
-            str(directory),
-            self.path_of(name),
-            source_filesystem=fs.LocalFileSystem(),
-            destination_filesystem=self.filesystem,
-            chunk_size=64 << 20,
-            use_threads=threads,
-        )
+        with self._reached():
+            self.filesystem.create_dir(self.path_of(name))
+            fs.copy_files(
+                str(directory),
+                self.path_of(name),
+                source_filesystem=fs.LocalFileSystem(),
+                destination_filesystem=self.filesystem,
+                chunk_size=64 << 20,
+                use_threads=threads,
+            )
 
     def finish(self, name: str, rank: int, files: FileList, state: TrainState | None = None) -> None:
         """Says that all files of a rank are there; with `state`, which rank 0 gives, that it may be loaded."""
@@ -110,17 +135,24 @@ class CheckpointStore:
             self._write(f"{name}/{STATE_FILE}", dataclasses.asdict(state))
 
     def _write(self, name: str, value: object) -> None:
-        with self.filesystem.open_output_stream(self.path_of(name)) as stream:
+        with self._reached(), self.filesystem.open_output_stream(self.path_of(name)) as stream:
             stream.write(json.dumps(value, indent=1).encode())
 
     def _read(self, name: str) -> bytes:
-        with self.filesystem.open_input_stream(self.path_of(name)) as stream:
+        with self._reached(), self.filesystem.open_input_stream(self.path_of(name)) as stream:
             return stream.read()
 
     def names(self) -> list[str]:
         """Of all checkpoints, finished or not, the newest first."""
-        infos = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
-        return sorted((info.base_name for info in infos if info.base_name.startswith(PREFIX)), reverse=True)
+        # To the bottom: Google Storage lists only those directories that were made as such, and copying them loses it.
+        below = {info.path.removeprefix(f"{self.path}/").partition("/")[0] for info in self._listed(recursive=True)}
+        return sorted((name for name in below if name.startswith(PREFIX)), reverse=True)
+
+    def _listed(self, name: str = "", *, recursive: bool = False) -> list[fs.FileInfo]:
+        """What lies below the store, or one of its checkpoints."""
+        below = self.path_of(name) if name else self.path
+        with self._reached():
+            return self.filesystem.get_file_info(fs.FileSelector(below, allow_not_found=True, recursive=recursive))
 
     def state(self, name: str) -> TrainState:
         """By state.json and the names of the files of all ranks. CheckpointError where it was not finished."""
@@ -129,12 +161,9 @@ class CheckpointStore:
             state = TrainState.parse(self._read(f"{name}/{part}"))
         except FileNotFoundError as error:
             raise CheckpointError(f"checkpoint {self.path_of(name)} was not finished: it has no {part}") from error
-        except (OSError, ValueError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise CheckpointError(f"checkpoint {self.path_of(name)}: {part} cannot be read ({error})") from error
-        there = {
-            info.base_name
-            for info in self.filesystem.get_file_info(fs.FileSelector(self.path_of(name), allow_not_found=True))
-        }
+        there = {info.base_name for info in self._listed(name)}
         for rank in range(state.world_size):
             if _list_name(rank) not in there:
                 raise CheckpointError(f"checkpoint {self.path_of(name)} was not finished: it has no {_list_name(rank)}")
@@ -150,7 +179,7 @@ class CheckpointStore:
                 files |= {
                     path: (size, digest) for path, (size, digest) in json.loads(self._read(f"{name}/{part}")).items()
                 }
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (FileNotFoundError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"checkpoint {self.path_of(name)}: {part} cannot be read ({error})") from error
         return StoredCheckpoint(name, state, files)
 
@@ -170,7 +199,8 @@ class CheckpointStore:
         Looks for each file and its size, and reads every `parts`-th from `part` on for its checksum; 0 parts: none.
         """
         paths = sorted(stored.files)
-        infos = self.filesystem.get_file_info([self.path_of(f"{stored.name}/{path}") for path in paths])
+        with self._reached():
+            infos = self.filesystem.get_file_info([self.path_of(f"{stored.name}/{path}") for path in paths])
         for path, info in zip(paths, infos, strict=True):
             size = stored.files[path][0]
             if info.type != fs.FileType.File:
@@ -180,7 +210,9 @@ class CheckpointStore:
         for path in paths[part::parts] if parts else ():
             try:
                 digest = self._sha256(f"{stored.name}/{path}")
-            except OSError as error:
+            except OSError as error:  # of a disk; of an object store it would say nothing of the file
+                if not self.is_local:
+                    raise self.unreachable(error) from error
                 return f"{path} cannot be read ({error})"
             if digest != stored.files[path][1]:
                 return f"{path} has other bytes than were written"
@@ -240,22 +272,28 @@ class CheckpointStore:
         best = [min(states, key=lambda name: _loss_order(states[name]))] if keep_best and states else []
         for name in names:
             if name < upto and name not in (*kept.values(), *best):
-                self.filesystem.delete_dir(self.path_of(name))
+                self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        with self._reached():
+            self.filesystem.delete_dir(self.path_of(name))
 
     def clear(self) -> None:
         """Removes all checkpoints and what Ray Train notes beside them; nothing else that lies there."""
         for name in self.names():
-            self.filesystem.delete_dir(self.path_of(name))
+            self._remove(name)
         self.forget_ray_notes()
 
     def forget_ray_notes(self) -> None:
         """Removes Ray Train's own list of checkpoints, with which it would not start where one of them is gone."""
-        for info in self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True)):
+        for info in self._listed():
             if info.type == fs.FileType.File and info.extension == "json":
-                self.filesystem.delete_file(info.path)
+                with self._reached():
+                    self.filesystem.delete_file(info.path)
 
     def download(self, name: str, directory: Path) -> None:
-        fs.copy_files(self.path_of(name), str(directory), self.filesystem, fs.LocalFileSystem())
+        with self._reached():
+            fs.copy_files(self.path_of(name), str(directory), self.filesystem, fs.LocalFileSystem())
 
     @contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:

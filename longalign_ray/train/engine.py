@@ -84,9 +84,10 @@ def sharded_loading(config: TrainConfig, *, dtype: str) -> Iterator[None]:
     """In ZeRO-3, a model that transformers loads in here is divided over the ranks weight by weight (collective).
 
     DeepSpeed would else move the whole of it to every GPU before it divides it: 141 GB of a 70B model in bf16. Rank 0
-    reads the files, mapped into memory; every rank keeps its share of each weight. Needs a process group.
+    reads the files, mapped into memory; every rank keeps its share of each weight. Without a process group: whole.
     """
-    if config.zero_stage < 3 or config.quantized:  # 4-bit weights are divided once they are quantized
+    # 4-bit weights are divided once they are quantized
+    if config.zero_stage < 3 or config.quantized or not dist.is_initialized():
         yield
         return
     _import_deepspeed()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from enum import IntEnum
 
 from longalign_ray.config import RunConfig
-from longalign_ray.errors import LongAlignError
+from longalign_ray.errors import LongAlignError, StorageError
 
 NO_MEMORY = re.compile(r"out of memory|can(no|')t allocate memory|running low on memory", re.IGNORECASE)
 """In the words of CUDA, cuDNN and NCCL, of torch's CPU allocator, of the kernel, of Ray's memory monitor."""
@@ -25,7 +25,7 @@ class Kind(IntEnum):
     """Of a rank's error: the first one of several explains the others."""
 
     REFUSED = 0
-    """A LongAlignError: it would come again."""
+    """A LongAlignError but for a StorageError: it would come again."""
     MEMORY = 1
     KILLED = 2
     """The process is gone, which most often is the kernel's answer to too little memory."""
@@ -47,7 +47,7 @@ def kind_of(error: BaseException) -> Kind:
     error = own_error(error)
     text = str(error)
     if isinstance(error, LongAlignError):
-        return Kind.REFUSED
+        return Kind.OTHER if isinstance(error, StorageError) else Kind.REFUSED
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # of torch and of Ray
         return Kind.MEMORY
     if KILLED.search(text):  # before the next, as Ray lists a lack of memory among all that may have been

@@ -74,20 +74,24 @@ def load_for_training(
 ) -> PackedLM:
     """The model of a local directory with variable-length attention, the chunked loss head, and `rope` applied.
 
-    Raises ModelError where the directory is no causal language model, or one of whose parts cannot be replaced.
+    Divided over the ranks as it is read, where they are to divide it (collective). Raises ModelError where the
+    directory is no causal language model, or one of whose parts cannot be replaced.
     """
     from transformers import AutoModelForCausalLM
 
+    from longalign_ray.train.engine import sharded_loading
+
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(model_dir),
-            config=model_config(model_dir, rope),
-            dtype=DTYPES[dtype],
-            attn_implementation=attention.register(),
-            use_safetensors=True,
-            trust_remote_code=False,
-            **(_in_4_bits(config, dtype=DTYPES[dtype]) if config.quantized else {}),
-        )
+        with sharded_loading(config, dtype=dtype):
+            model = AutoModelForCausalLM.from_pretrained(
+                str(model_dir),
+                config=model_config(model_dir, rope),
+                dtype=DTYPES[dtype],
+                attn_implementation=attention.register(),
+                use_safetensors=True,
+                trust_remote_code=False,
+                **(_in_4_bits(config, dtype=DTYPES[dtype]) if config.quantized else {}),
+            )
     except (OSError, ValueError, KeyError) as error:  # KeyError: attention looked up in a dict of its own
         raise ModelError(f"{model_dir} cannot be loaded for packed training: {error}") from error
     return prepare_model(

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from longalign_ray.config import RunConfig
+from longalign_ray.errors import StorageError
 from longalign_ray.run_dir import RunDir, digest
 from longalign_ray.train.checkpoint import TrainState
 from longalign_ray.train.checkpoint_store import CheckpointStore, checkpoint_name, list_files
@@ -39,7 +40,7 @@ def pruning(store: CheckpointStore, *, keep: int, keep_best: bool) -> Any:
                 return
             try:
                 store.prune(upto=PurePosixPath(checkpoint.path).name, keep=keep, keep_best=keep_best)
-            except OSError as error:  # an error here would end the run
+            except (OSError, StorageError) as error:  # an error here would end the run
                 logger.warning("old checkpoints below %s could not be removed: %s", store.path, error)
 
     return Pruning()

@@ -87,8 +87,9 @@ def train(config: RunConfig, run_dir: RunDir, *, model_dir: Path) -> str:
             trainer.fit()
         except Exception as error:  # Ray wraps a worker's error in one of several types of its own
             failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
-            told = explain(failures, config) if failures else getattr(error, "controller_failure", error)
-            raise LongAlignError(f"training failed: {told}") from error
+            cause = getattr(error, "controller_failure", error)  # it writes beside the checkpoints
+            of_ray = store.unreachable(cause) if isinstance(cause, OSError) else cause
+            raise LongAlignError(f"training failed: {explain(failures, config) if failures else of_ray}") from error
     last = store.newest(checksums=False)
     if last is None:
         raise LongAlignError("training ended without a checkpoint; see the log of the workers above")
@@ -119,7 +120,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     from longalign_ray.data.packed import PackReader
     from longalign_ray.precision import resolve_dtype
     from longalign_ray.train.adapters import add_adapter
-    from longalign_ray.train.engine import TrainEngine, quiet_deepspeed, sharded_loading
+    from longalign_ray.train.engine import TrainEngine, quiet_deepspeed
     from longalign_ray.train.loop import StepMetrics, train_loop
     from longalign_ray.train.model import load_for_training, model_digest, verify_isolation, verify_loss
     from longalign_ray.train.resume import agree_on_checkpoint, loadable
@@ -135,8 +136,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     plan = _plan_for_ranks(settings, world_size)
     packs = PackReader(plan, store_dir=Path(settings["store"]), packed_dir=Path(settings["packed"]))
     rope = RopeConfig(**settings["rope"])
-    with sharded_loading(config, dtype=dtype):
-        model = load_for_training(settings["model_dir"], dtype=dtype, config=config, rope=rope)
+    model = load_for_training(settings["model_dir"], dtype=dtype, config=config, rope=rope)
     if config.adapter is not None:
         add_adapter(model, config.adapter, seed=plan.seed)
     vocab_size, trained = int(model.model.config.vocab_size), model_digest(model)

@@ -96,14 +96,13 @@ def step_error(stage: Literal[0, 1, 2, 3], packs: Any, expected: dict[str, torch
 def resumed_in_4_bits(stage: Literal[0, 1, 2, 3], packs: Any, directory: Path) -> list[list[float]]:
     """The losses of two steps, and those of the second one after the checkpoint of the first was loaded."""
     from longalign_ray.train.checkpoint import TrainState
-    from longalign_ray.train.engine import TrainEngine, all_reduce_sum, sharded_loading
+    from longalign_ray.train.engine import TrainEngine, all_reduce_sum
 
     config = TrainConfig(zero_stage=stage, adapter=ADAPTER.model_copy(update={"quantize": "4bit"}))
     assert config.adapter is not None
     runs = []
     for first_step in (0, 1):
-        with sharded_loading(config, dtype="float32"):
-            model = load_for_training(directory.parent / "model", dtype="float32", config=config)
+        model = load_for_training(directory.parent / "model", dtype="float32", config=config)
         add_adapter(model, config.adapter, seed=1)
         engine, losses = TrainEngine(model, config, dtype="float32", micro_steps=1), []
         for verify in (verify_isolation, verify_loss):

@@ -34,7 +34,7 @@ from longalign_ray.errors import ModelError
 from longalign_ray.train import attention
 from longalign_ray.train.adapters import add_adapter
 from longalign_ray.train.batch import PackedBatch, dummy_pack, to_batch
-from longalign_ray.train.engine import TrainEngine, all_reduce_sum, quiet_deepspeed, sharded_loading
+from longalign_ray.train.engine import TrainEngine, all_reduce_sum, quiet_deepspeed
 from longalign_ray.train.loss import LossKind, backward_scale, step_totals
 from longalign_ray.train.model import (
     PackedLM,
@@ -270,6 +270,40 @@ def bfloat16_errors(stage: Literal[0, 1, 2, 3]) -> dict[str, float]:
     }
 
 
+def offload_errors() -> dict[str, float]:
+    """Of what is kept on the host: how far the updates of three steps in ZeRO-3 are from those without, by setting.
+
+    The optimizer is then DeepSpeed's own kernel, in place of torch's.
+    """
+
+    def updates(**settings: bool) -> torch.Tensor:
+        config = TrainConfig(zero_stage=3, weight_decay=0.1, max_grad_norm=0.5).model_copy(update=settings)
+        model = prepare_model(build("llama", torch.float32, packed=True), gradient_checkpointing=True, head_chunk=4)
+        engine = TrainEngine(model, config, dtype="float32", micro_steps=2)
+        before, mine = master_weights(engine), slots(4)[dist.get_rank() :: 2]
+        for step in range(3):
+            for number, slot in enumerate(mine):
+                engine.forward_backward(batch_of(slot, "sequence"), step_total=NUM_SEQUENCES, last=number == 1)
+            engine.step(1e-3 / (step + 1))
+        return master_weights(engine) - before
+
+    plain = updates()
+    settings: list[dict[str, bool]] = [
+        {"offload_optimizer": True},
+        {"offload_parameters": True},
+        {"offload_optimizer": True, "offload_parameters": True},
+    ]
+    return {"+".join(some): ((updates(**some) - plain).norm() / plain.norm()).item() for some in settings}
+
+
+def builds_cpu_adam() -> bool:
+    """Whether DeepSpeed's optimizer for the host has been compiled before, or is to be now by BUILD_CPU_ADAM=1."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return os.environ.get("BUILD_CPU_ADAM") == "1" or any(root.glob("**/cpu_adam.so"))
+
+
 CURVE = TrainConfig(zero_stage=3, weight_decay=0.1, max_grad_norm=0.5, betas=(0.9, 0.95))
 
 
@@ -318,8 +352,9 @@ def load_two_ways(directory: Path) -> dict[str, Any]:
     config = TrainConfig(zero_stage=3, tiled_mlp=True, offload_parameters=True, adapter=AdapterConfig(rank=2))
     rope = RopeConfig(scaling="yarn", factor=4, window=8_192)
     made: dict[str, Any] = {}
-    for way, loading in {"whole": nullcontext(), "divided": sharded_loading(config, dtype="bfloat16")}.items():
-        with loading:
+    at_once = patch("longalign_ray.train.engine.sharded_loading", lambda *_, **__: nullcontext())
+    for way in ("whole", "divided"):
+        with at_once if way == "whole" else nullcontext():
             model = load_for_training(directory / "model", dtype="bfloat16", config=config, rope=rope)
         held = sum(parameter.numel() for parameter in model.parameters())
         assert config.adapter is not None
@@ -367,6 +402,7 @@ def run_rank(rank: int, world_size: int, port: int, cases: list[Case], results: 
         made["curve"] = reference_curve()
     if world_size == 2:
         made["curve"] = loss_curve()
+        made["offload"] = offload_errors() if builds_cpu_adam() else None
         made["loaded"] = load_two_ways(results.parent)
         made["bfloat16"] = [bfloat16_errors(stage) for stage in (0, 1, 2, 3)]
     if rank == 0:

@@ -126,6 +126,13 @@ def s3_bucket(endpoint: str, bucket: str) -> fs.S3FileSystem:
     return system
 
 
+def google_bucket(endpoint: str, bucket: str) -> fs.GcsFileSystem:
+    host = endpoint.removeprefix("http://")
+    system = fs.GcsFileSystem(anonymous=True, endpoint_override=host, scheme="http", project_id="test")
+    system.create_dir(bucket)
+    return system
+
+
 def upload(system: fs.FileSystem, directory: Path, prefix: str) -> None:
     for path in directory.iterdir():
         with system.open_output_stream(f"{prefix}/{path.name}", compression=None) as stream:
@@ -204,9 +211,7 @@ def test_the_environment_names_the_object_store(s3: str, tmp_path: Path, monkeyp
 
 
 def test_google_storage_is_read(google_storage: str, tmp_path: Path) -> None:
-    host = google_storage.removeprefix("http://")
-    system = fs.GcsFileSystem(anonymous=True, endpoint_override=host, scheme="http", project_id="test")
-    system.create_dir("cut")
+    system = google_bucket(google_storage, "cut")
     (tmp_path / "up").mkdir()
     write_corpus(tmp_path / "up" / "a.jsonl", 200)
     upload(system, tmp_path / "up", "cut/up")

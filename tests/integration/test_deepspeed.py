@@ -121,6 +121,14 @@ def test_zero_3_divides_a_model_as_it_is_read(results: Results) -> None:
     assert len(set(whole["losses"])) == 3
 
 
+def test_weights_and_optimizer_on_the_host_take_the_same_steps(results: Results) -> None:
+    if (errors := results[2]["offload"]) is None:
+        pytest.skip("DeepSpeed's CPU Adam is not compiled: BUILD_CPU_ADAM=1 does it, in two minutes of CPU time")
+    assert set(errors) == {"offload_optimizer", "offload_parameters", "offload_optimizer+offload_parameters"}
+    for name, error in errors.items():
+        assert error < 1e-5, name
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_bfloat16_is_updated_in_float32(results: Results, stage: int) -> None:
     """And micro-steps are added up in float32 where DeepSpeed can: else not even 16 equal ones give their sum."""

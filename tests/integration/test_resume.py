@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pyarrow import fs
 
+from longalign_ray.errors import StorageError
 from longalign_ray.train.checkpoint import TrainState
 from longalign_ray.train.checkpoint_store import CheckpointStore, list_files
 from tests.integration.resume_ranks import CASES, Case
-from tests.integration.test_corpora import s3, s3_bucket  # noqa: F401  (s3: a fixture)
+from tests.integration.test_corpora import google_bucket, google_storage, s3, s3_bucket  # noqa: F401  (fixtures)
 
 Rows = list[list[float]]
 
@@ -39,9 +42,14 @@ def test_other_numbers_of_ranks_continue_exactly(runs: dict[str, list[Rows]], ca
     assert max(losses) - min(losses) > 0.01  # or equal losses would say nothing
 
 
-def test_checkpoints_in_an_object_store(tmp_path: Path, s3: str) -> None:  # noqa: F811
-    system = s3_bucket(s3, "runs")
-    store = CheckpointStore.at("s3://runs/mine/checkpoints", endpoint=s3)
+@pytest.mark.parametrize(("scheme", "server"), [("s3", "s3"), ("gs", "google_storage")])
+def test_checkpoints_in_an_object_store(
+    tmp_path: Path, request: pytest.FixtureRequest, scheme: str, server: str
+) -> None:
+    endpoint = request.getfixturevalue(server)
+    system = {"s3": s3_bucket, "gs": google_bucket}[scheme](endpoint, "runs")
+    opened = CheckpointStore.at(f"{scheme}://runs/mine/checkpoints", endpoint=endpoint)
+    store: CheckpointStore = pickle.loads(pickle.dumps(opened))  # as every rank gets it
     assert store.newest() is None
     for step in (2, 4, 6):
         local = tmp_path / str(step)
@@ -54,9 +62,17 @@ def test_checkpoints_in_an_object_store(tmp_path: Path, s3: str) -> None:  # noq
     newest = store.newest()
     assert newest is not None
     assert newest.state.step == 4
+    if scheme == "s3":  # Google's library tries for 15 minutes
+        gone = CheckpointStore.at("s3://runs/mine/checkpoints", endpoint="http://127.0.0.1:9")
+        for ask in (gone.names, lambda: gone.problem(newest), lambda: gone.upload(tmp_path / "2", "step-00000002-2")):
+            with pytest.raises(StorageError, match="runs/mine/checkpoints in s3 cannot be read or written"):
+                ask()
     with store.local_copy(newest.name) as directory:
         assert (directory / "deepspeed" / "shard.pt").read_bytes() == bytes([4]) * 100_000
     store.prune(upto="step-00000006-1", keep=2, keep_best=False)
     assert store.names() == ["step-00000006-1", "step-00000004-1"]
+    with system.open_output_stream("runs/mine/checkpoints/checkpoint_manager_snapshot.json") as stream:
+        stream.write(b"{}")
     store.clear()
+    assert system.get_file_info("runs/mine/checkpoints/checkpoint_manager_snapshot.json").type == fs.FileType.NotFound
     assert store.names() == []

@@ -1,19 +1,21 @@
-"""Training under Ray Train and DeepSpeed: undisturbed, resumed and killed runs give bitwise the same losses."""
+"""Training under Ray Train and DeepSpeed: undisturbed and killed runs give the same losses, with and without a node."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from longalign_ray import stages
 from longalign_ray.config import RunConfig
@@ -25,6 +27,9 @@ from longalign_ray.train.checkpoint_store import CheckpointStore
 from longalign_ray.train.memory import CPU_FIXED
 from tests.integration.recipes import write_corpus, write_recipe
 from tests.integration.test_corpora import s3, s3_bucket  # noqa: F401  (s3: a fixture)
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -50,22 +55,16 @@ def losses(run_dir: RunDir) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(run_dir.metrics)]
 
 
-def kill_a_rank(run_dir: RunDir, *, after_step: int) -> threading.Event:
-    """SIGKILLs one training rank of this test's own Ray once the metrics show a step; the event tells that it did."""
+def training_ranks() -> list[psutil.Process]:
+    """Those of this test's own Ray."""
+    return [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
 
-    def watch() -> None:
-        deadline = time.monotonic() + 900
-        while time.monotonic() < deadline:
-            if any(row["step"] >= after_step for row in read_metrics(run_dir.metrics)):
-                ranks = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
-                os.kill(ranks[-1].pid, signal.SIGKILL)
-                killed.set()
-                return
-            time.sleep(0.02)
 
-    killed = threading.Event()
-    threading.Thread(target=watch, daemon=True).start()
-    return killed
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -129,28 +128,83 @@ def test_export_is_a_model_that_plain_transformers_loads(
     assert after < before - 0.3  # the weights are the trained ones
 
 
-def test_killed_and_restarted_by_ray_train(
+@pytest.fixture
+def nodes(local_ray: None) -> Iterator[Cluster]:
+    """Gives this test's own Ray more nodes, on this machine."""
+    from ray._private import worker
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(shutdown_at_exit=False)  # its hooks are for the main thread alone
+    cluster.head_node = worker._global_node
+    yield cluster
+    for node in list(cluster.worker_nodes):
+        cluster.remove_node(node)
+
+
+def test_a_node_is_lost_and_another_joins(
     undisturbed: tuple[RunConfig, RunDir],
     prepared: Prepared,
+    nodes: Cluster,
     tmp_path: Path,
     s3: str,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With its checkpoints in an object store."""
+    """Two ranks on two nodes; when one is gone, one rank on the other; two again when there is a third.
+
+    With its checkpoints in an object store. A node has room for one rank.
+    """
+    import ray.train
+
     s3_bucket(s3, "runs")
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")  # Ray counts the lost node for 20 s
+    soon = partial(ray.train.ScalingConfig, elastic_resize_monitor_interval_s=1)
+    monkeypatch.setattr(ray.train, "ScalingConfig", soon)
     address = f"s3://runs/{tmp_path.name}/checkpoints"
-    config, run_dir = prepared(tmp_path, max_failures=1, checkpoint_storage=address)
-    killed = kill_a_rank(run_dir, after_step=4)
-    stages.train(config, run_dir)
-    assert killed.is_set()
-    assert losses(run_dir) == losses(undisturbed[1])
+    config, run_dir = prepared(
+        tmp_path, num_workers=[1, 2], cpus_per_worker=3, max_failures=1, checkpoint_storage=address
+    )
+    store = CheckpointStore.at(address, endpoint=s3)
+    assert nodes.head_node is not None
+    logs = Path(nodes.head_node.get_logs_dir_path()) / "train"
+    lost = nodes.add_node(num_cpus=3)
+
+    def last_step(*, world_size: int) -> int:
+        return max((one.state.step for one in store.finished()[0] if one.state.world_size == world_size), default=0)
+
+    def faults() -> tuple[int, int, list[dict[str, Any]]]:
+        """Steps done with two ranks and with one when that was over, and the metrics of them."""
+        wait_until(lambda: last_step(world_size=2), "no checkpoint of two ranks")
+        of_two = last_step(world_size=2)
+        nodes.remove_node(lost, allow_graceful=False)
+        wait_until(lambda: last_step(world_size=1), "no checkpoint of the rank that was left")
+        [rank] = training_ranks()
+        rank.suspend()  # or it would be done before there is another node
+        of_one = last_step(world_size=1)
+        nodes.add_node(num_cpus=3)
+        grows = "resize the worker group from 1 -> 2"
+        wait_until(lambda: any(grows in log.read_text() for log in logs.glob("*app-controller*")), "not resized")
+        rank.resume()
+        return of_two, of_one, read_metrics(run_dir.metrics)[:of_one]
+
+    with ThreadPoolExecutor() as threads:
+        done = threads.submit(faults)
+        stages.train(config, run_dir)
+        of_two, of_one, rows = done.result()
+    found, wanted = losses(run_dir), losses(undisturbed[1])
+    assert found[:of_two] == wanted[:of_two]
+    assert [step for step, *_ in found] == [step for step, *_ in wanted]
+    assert [loss for _, loss, _ in found] == pytest.approx([loss for _, loss, _ in wanted], rel=1e-5)
+    assert 0 < of_two < of_one < len(wanted)
+    assert read_metrics(run_dir.metrics)[:of_one] == rows  # with their times: none was taken again
+    assert store.finished()[0][0].state.world_size == 2
+    assert StepPlan.load(run_dir.plan).world_size == 2
     assert not run_dir.checkpoints.exists()
     stages.export(config, run_dir)
     stages.export(*undisturbed)
-    assert (run_dir.model / "model.safetensors").read_bytes() == (
-        undisturbed[1].model / "model.safetensors"
-    ).read_bytes()
+    one, two = (load_file(directory.model / "model.safetensors") for directory in (run_dir, undisturbed[1]))
+    for name in two:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
 
 
 def test_ranks_that_share_packs_take_the_same_steps(
@@ -169,42 +223,28 @@ def test_ranks_that_share_packs_take_the_same_steps(
     assert StepPlan.load(run_dir.plan).sp_degree == 2
 
 
-def test_fewer_ranks_continue_from_before_a_damaged_checkpoint(
-    undisturbed: tuple[RunConfig, RunDir], prepared: Prepared, tmp_path: Path
-) -> None:
-    """As many ranks as four CPUs have room for, that is one, take the last steps of two ranks."""
-    config, run_dir = prepared(tmp_path)
-    shutil.copytree(undisturbed[1].root / "train", run_dir.root / "train")
-    store = CheckpointStore.at(run_dir.checkpoints)
-    (newest, before, *_), _ = store.finished()
-    shard = run_dir.checkpoints / newest.name / max(name for name in newest.files if name.endswith(".pt"))
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 1
-    shard.write_bytes(data)
-    fewer = config.train.model_copy(update={"num_workers": (1, 2), "cpus_per_worker": 3})
-    stages.train(config.model_copy(update={"train": fewer}), run_dir)
-    one, two = losses(run_dir), losses(undisturbed[1])
-    assert one[: before.state.step] == two[: before.state.step]
-    assert [step for step, *_ in one] == [step for step, *_ in two]
-    assert [loss for _, loss, _ in one] == pytest.approx([loss for _, loss, _ in two], rel=1e-5)
-    assert store.finished()[0][0].state.world_size == 1
-    assert StepPlan.load(run_dir.plan).world_size == 2
-
-
-def test_a_killed_driver_continues_bitwise(
+def test_a_killed_driver_continues_bitwise_from_before_a_damaged_checkpoint(
     undisturbed: tuple[RunConfig, RunDir], prepared: Prepared, tmp_path: Path
 ) -> None:
     """After the test with a range of ranks: for 180 s Ray counts the room of a killed driver as taken."""
     config, run_dir = prepared(tmp_path)
     store = CheckpointStore.at(run_dir.checkpoints)
-    kill_the_driver(tmp_path / "recipe.yaml", when=lambda: bool(store.finished()[0]))
-    (newest, *_), _ = store.finished()
+    kill_the_driver(tmp_path / "recipe.yaml", when=lambda: len(store.finished()[0]) >= 2)
+    (newest, before, *_), _ = store.finished()
+    shard = run_dir.checkpoints / newest.name / max(name for name in newest.files if name.endswith(".pt"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
     rows = read_metrics(run_dir.metrics)
     stages.train(config, run_dir)
     again = read_metrics(run_dir.metrics)
-    assert again[: newest.state.step] == rows[: newest.state.step]
-    assert len(again) > newest.state.step
+    assert again[: before.state.step] == rows[: before.state.step]
+    assert again[before.state.step] != rows[before.state.step]  # its time: it was taken again
     assert losses(run_dir) == losses(undisturbed[1])
+    stages.export(config, run_dir)
+    stages.export(*undisturbed)
+    weights = [(directory.model / "model.safetensors").read_bytes() for directory in (run_dir, undisturbed[1])]
+    assert weights[0] == weights[1]
 
 
 def kill_the_driver(recipe: Path, *, when: Callable[[], bool]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from longalign_ray.errors import CheckpointError
+from longalign_ray.errors import CheckpointError, StorageError
 from longalign_ray.train.checkpoint import TrainState
 from longalign_ray.train.checkpoint_store import CheckpointStore, checkpoint_name, list_files
 
@@ -188,3 +188,29 @@ def test_a_store_travels_to_the_ranks(store: CheckpointStore, tmp_path: Path) ->
 def test_an_unreachable_store_is_an_error() -> None:
     with pytest.raises(CheckpointError, match=r"train\.checkpoint_storage = nowhere://bucket/path"):
         CheckpointStore.at("nowhere://bucket/path")
+
+
+def test_what_cannot_be_looked_at_is_not_taken_for_damaged(store: CheckpointStore, tmp_path: Path) -> None:
+    """Else a store that fails for a moment would cost steps, and the best checkpoint."""
+    for step in (2, 4, 6, 8):
+        upto = write(store, tmp_path, step, heldout_loss=step)
+    hidden = upto.with_name("step-00000002-1") / "state.json"
+    content = hidden.read_bytes()
+    hidden.unlink()
+    hidden.mkdir()  # a file that cannot be opened, whoever tries
+    told = f"the checkpoints below {store.path} cannot be read or written .* the same command then continues"
+    for look in (store.newest, lambda: store.prune(upto=upto.name, keep=2, keep_best=True)):
+        with pytest.raises(StorageError, match=told):
+            look()
+    assert names(store) == [8, 6, 4, 2]
+    hidden.rmdir()
+    hidden.write_bytes(content)
+    store.prune(upto=upto.name, keep=2, keep_best=True)
+    assert names(store) == [8, 6, 2]
+
+
+def test_a_store_that_cannot_be_written_is_named(store: CheckpointStore, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    for ask in (lambda: write(store, tmp_path, 2), store.names):
+        with pytest.raises(StorageError, match=f"below {store.path} cannot be read or written"):
+            ask()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longalign_ray.config import RunConfig
-from longalign_ray.errors import CheckpointError
+from longalign_ray.errors import CheckpointError, StorageError
 from longalign_ray.train.failures import Kind, explain, kind_of, less_memory
 
 CPU_ALLOCATOR = (
@@ -38,6 +38,7 @@ def config_of(**train: Any) -> RunConfig:
     ("error", "kind"),
     [
         (CheckpointError("gone: out of memory"), Kind.REFUSED),
+        (StorageError("runs/mine in s3 cannot be read: connection timed out"), Kind.OTHER),  # it may be back
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), Kind.MEMORY),
         (MemoryError("Unable to allocate 7.11 PiB"), Kind.MEMORY),
         (RuntimeError(CPU_ALLOCATOR), Kind.MEMORY),
