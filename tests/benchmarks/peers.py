@@ -1,13 +1,14 @@
-"""Our training step beside TRL's, Hugging Face's and LLaMA-Factory's trainers: same model, data, precision, checkpointing.
+"""Our training step beside TRL's, Hugging Face's and LLaMA-Factory's trainers: same model, data and precision.
 
 The first layers of the quickstart's model and its conversations, already tokenised, for one epoch with AdamW on one
 rank and one thread, each trainer in a process of its own. The peers' settings are the best that keep sequences apart on
 a CPU: no truncation; TRL's own packing needs flash-attn there. Tokens are those of the conversations, not of padding.
-"Fixed" is what every trainer in float32 with AdamW holds whatever it trains on: weights, gradients, two moments, and the
-process before training. What the trainers do with conversations that are too long: `over_long`.
+All with transformers' gradient checkpointing. "Fixed" is what any trainer in float32 with AdamW holds, whatever it
+trains on: the process before training, weights, gradients and two moments. What the trainers do with conversations that
+are too long: `over_long`.
 Installs the peers into a directory that is deleted in the end; a row says so where LLaMA-Factory cannot run. It asks for
-older transformers than these, and is run without its check and with transformers' gradient checkpointing, as its own
-fails with them. Ends with 1 where a goal is missed.
+older transformers, so its check is turned off, and its own gradient checkpointing, which fails with these, is not used.
+Ends with 1 where a goal is missed.
 Run: python -m tests.benchmarks.peers [--examples 40] [--layers 6]
 """
 
@@ -144,15 +145,8 @@ def llama_factory(directory: Path, chats: list[list[dict[str, str]]], *, cutoff:
         compute_dtype=model_args.compute_dtype,
         **tools,
     )
-    return CustomSeq2SeqTrainer(
-        model=loaded,
-        args=arguments,
-        finetuning_args=finetuning,
-        data_collator=collator,
-        gen_kwargs={},
-        **datasets,
-        **tools,
-    )
+    own = {"finetuning_args": finetuning, "gen_kwargs": {}}
+    return CustomSeq2SeqTrainer(model=loaded, args=arguments, data_collator=collator, **own, **datasets, **tools)
 
 
 def ours(directory: Path, store: TokenStore) -> Callable[[], object]:
@@ -216,9 +210,8 @@ def main() -> None:
         tokens, found, failed = int(store.index.length.sum()), {}, []
         packages = {kind: install_peer(kind, directory / kind) for kind in ("TRL", "LLaMA-Factory")}
         for name in TRAINERS:
-            done = run_with(
-                packages.get(name.split(" ")[0].rstrip(","), ""), "peers", "--measure", name, str(directory)
-            )
+            kind = name.split(" ")[0].rstrip(",")
+            done = run_with(packages.get(kind, ""), "peers", "--measure", name, str(directory))
             if done.returncode and name.startswith("LLaMA"):
                 failed.append(f"| {name}: not measured, {done.stderr.strip().splitlines()[-1][:200]} |{' - |' * 5}")
             elif done.returncode:
@@ -229,29 +222,22 @@ def main() -> None:
     peers = [one for name, one in found.items() if not name.startswith("longalign")]
     fastest, least = min(one["seconds"] for one in peers), min(one["peak"] for one in peers)
     print(f"{arguments.examples} conversations, {tokens:,} tokens, {arguments.layers} layers, float32\n")
-    print(
-        "| trainer | real tokens per CPU second | over the fastest peer | peak GB | of it training | fixed | the rest |"
-    )
+    print("| trainer | real tokens per CPU second | over the fastest peer | peak GB | of it training | fixed | rest |")
     print("|---|---|---|---|---|---|---|")
     for name, one in found.items():
         grown, always = one["peak"] - one["before"], fixed + one["before"] - fixed / 4  # weights were there before
-        print(
-            f"| {name} | {tokens / one['seconds']:,.0f} | {fastest / one['seconds']:.2f} | {one['peak']:.2f} | ", end=""
-        )
-        print(f"{grown:.2f} | {always:.2f} | {one['peak'] - always:.2f} |")
+        print(f"| {name} | {tokens / one['seconds']:,.0f} | {fastest / one['seconds']:.2f} | ", end="")
+        print(f"{one['peak']:.2f} | {grown:.2f} | {always:.2f} | {one['peak'] - always:.2f} |")
     print("\n".join(failed))
     own = next(one for name, one in found.items() if name.startswith("longalign"))
     speed, memory = fastest / own["seconds"], own["peak"] / least
-    print(
-        f"\n{speed:.2f} times the fastest peer, at least {GOALS['speed']}; {memory:.2f} of the least peak, at most ",
-        end="",
-    )
-    print(f"{GOALS['memory']}. Weights, gradients and moments take {fixed:.2f} GB in any of them.")
-    missed = [
-        name for name, met in (("speed", speed >= GOALS["speed"]), ("memory", memory <= GOALS["memory"])) if not met
-    ]
-    if missed:
-        raise SystemExit(f"\ngoals missed: {', '.join(missed)}")
+    print(f"\nWeights, gradients and moments take {fixed:.2f} GB in any of them.")
+    goals = {
+        f"{speed:.2f} times the fastest peer, at least {GOALS['speed']}": speed >= GOALS["speed"],
+        f"{memory:.2f} of the least peak of the peers, at most {GOALS['memory']}": memory <= GOALS["memory"],
+    }
+    if missed := [goal for goal, met in goals.items() if not met]:
+        raise SystemExit("\ngoals missed:\n" + "\n".join(missed))
 
 
 def install_peer(kind: str, directory: Path) -> str:

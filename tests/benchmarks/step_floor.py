@@ -77,7 +77,7 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 
 def floor(recorded: Products, dtype: torch.dtype) -> Floor:
-    seconds = Counter[str]()
+    seconds = dict.fromkeys(("layers", "head", "attention"), 0.0)
     for (left, right), count in recorded.products.items():
         a, b = filled(left, dtype), filled(right, dtype)
         part = "head" if SHAPE["vocab_size"] in (*left[0], *right[0]) else "layers"
@@ -87,7 +87,7 @@ def floor(recorded: Products, dtype: torch.dtype) -> Floor:
         scores = torch.randn(heads, tokens, tokens, dtype=dtype)
         pair = cpu_seconds(lambda q=q, k=k: torch.bmm(q, k)) + cpu_seconds(lambda q=q, s=scores: torch.bmm(s, q))
         seconds["attention"] += count * products / 2 * pair / 2  # half: below the diagonal
-    return Floor(seconds["layers"], seconds["head"], seconds["attention"])
+    return Floor(**seconds)
 
 
 def filled(operand: Operand, dtype: torch.dtype) -> torch.Tensor:
