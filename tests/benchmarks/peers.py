@@ -6,8 +6,8 @@ a CPU: no truncation; TRL's own packing needs flash-attn there. Tokens are those
 All with transformers' gradient checkpointing. "Fixed" is what any trainer in float32 with AdamW holds, whatever it
 trains on: the process before training, weights, gradients and two moments. What the trainers do with conversations that
 are too long: `over_long`.
-Installs the peers into a directory that is deleted in the end; a row says so where LLaMA-Factory cannot run. It asks for
-older transformers, so its check is turned off, and its own gradient checkpointing, which fails with these, is not used.
+Installs the peers into a directory that is deleted in the end; a row says so where LLaMA-Factory cannot run. It asks
+for older transformers, so its check is turned off; its own gradient checkpointing fails with these and is not used.
 Ends with 1 where a goal is missed.
 Run: python -m tests.benchmarks.peers [--examples 40] [--layers 6]
 """
