@@ -98,7 +98,7 @@ def measure(directory: Path, layers: int, rounds: int) -> dict[str, Epoch]:
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [sys.executable, "-m", "tests.benchmarks.lock_step", "--rank", str(directory)]
         command += ["--layers", str(layers), "--rounds", str(rounds)]
-        environment = {**os.environ, **{name: str(value) for name, value in world.items()}}
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore", **{name: str(value) for name, value in world.items()}}
         ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
     exits = [rank.wait() for rank in ranks]
     if any(exits):

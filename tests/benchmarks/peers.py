@@ -5,7 +5,7 @@ rank and one thread, each trainer in a process of its own. The peers' settings a
 a CPU: no truncation; TRL's own packing needs flash-attn there. Tokens are those of the conversations, not of padding.
 All with transformers' gradient checkpointing. "Fixed" is what any trainer in float32 with AdamW holds, whatever it
 trains on: the process before training, weights, gradients and two moments. What the trainers do with conversations that
-are too long: `over_long`.
+are too long: `over_long`. Ours has the allocator's settings that `train` gives its workers (`CPU_ALLOCATOR`).
 Installs the peers into a directory that is deleted in the end; a row says so where LLaMA-Factory cannot run. It asks
 for older transformers, so its check is turned off; its own gradient checkpointing fails with these and is not used.
 Ends with 1 where a goal is missed.
@@ -30,6 +30,7 @@ import torch
 
 from longalign_ray.data.store import TokenStore
 from longalign_ray.model_source import local_model_dir
+from longalign_ray.train.memory import CPU_ALLOCATOR
 from tests.benchmarks.packed_vs_padded import packed_plan, quickstart_store
 from tests.benchmarks.packers import LLAMA_FACTORY, TRL, install
 
@@ -211,7 +212,13 @@ def main() -> None:
         packages = {kind: install_peer(kind, directory / kind) for kind in ("TRL", "LLaMA-Factory")}
         for name in TRAINERS:
             kind = name.split(" ")[0].rstrip(",")
-            done = run_with(packages.get(kind, ""), "peers", "--measure", name, str(directory))
+            done = run_with(
+                packages.get(kind, packages["TRL"] if kind == "Hugging" else ""),
+                "peers",
+                "--measure",
+                name,
+                str(directory),
+            )
             if done.returncode and name.startswith("LLaMA"):
                 failed.append(f"| {name}: not measured, {done.stderr.strip().splitlines()[-1][:200]} |{' - |' * 5}")
             elif done.returncode:
@@ -251,7 +258,7 @@ def install_peer(kind: str, directory: Path) -> str:
 def run_with(packages: str, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`arguments` of a script of this directory in a process that finds `packages`."""
     environment = {**os.environ, "PYTHONPATH": f"{os.getcwd()}:{packages}", "DS_ACCELERATOR": "cpu"}
-    environment |= {"DISABLE_VERSION_CHECK": "1"}  # of LLaMA-Factory
+    environment |= {"DISABLE_VERSION_CHECK": "1"} if packages else CPU_ALLOCATOR  # the check is LLaMA-Factory's
     command = [sys.executable, "-m", f"tests.benchmarks.{script}", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
