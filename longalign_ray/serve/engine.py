@@ -70,6 +70,8 @@ class EngineStats:
     failed: int
     prompt_tokens: int
     generated_tokens: int
+    cached_tokens: int = 0
+    """Of the prompt tokens, those that were taken from other requests' caches."""
 
 
 class GenerationEngine(Protocol):
