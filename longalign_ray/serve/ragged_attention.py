@@ -20,13 +20,15 @@ import torch
 from torch import nn
 
 from longalign_ray.errors import ModelError
-from longalign_ray.serve.capped_attention import ProductKernel
 from longalign_ray.serve.kv_cache import KVCache, Segment
+from longalign_ray.serve.product_attention import ProductKernel
 from longalign_ray.train.attention import refuse_unsupported
-from longalign_ray.train.block_attention import Block, CpuKernel, FlashKernel, Kernel
+from longalign_ray.train.block_attention import Block, CpuKernel, FlashKernel
 from longalign_ray.train.ring_attention import merge
 
 NAME = "longalign_ragged"
+
+Kernel = CpuKernel | FlashKernel | ProductKernel
 
 
 @dataclass(frozen=True, slots=True)

@@ -218,17 +218,17 @@ class TransformersEngine:
             result = job.request.advance(logits_RV)
         except Exception as error:
             return self._fail(job, error)
+        if isinstance(result, PromptScore) or (result is not None and result.finish_reason is not None):
+            self._leave(job, "finished")  # first, so that the counts are right when the answer is there
         if result is not None:
             job.deliver(result)
-        if isinstance(result, PromptScore) or (result is not None and result.finish_reason is not None):
-            self._leave(job, "finished")
         return None
 
     def _fail(self, job: _Job, error: Exception) -> None:
         logger.error("a request with %d prompt tokens failed", job.request.num_prompt_tokens, exc_info=error)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        job.deliver(ServingError(f"generation failed: {type(error).__name__}: {reason}"))
         self._leave(job, "failed")
+        job.deliver(ServingError(f"generation failed: {type(error).__name__}: {reason}"))
 
     def _leave(self, job: _Job, outcome: str) -> None:
         """Drops the job; what it computed stays for others, unless it failed."""

@@ -67,8 +67,8 @@ GLUE = (
 )
 EMBEDDED = (  # the engine on a transformers model
     "serve.batch_forward",
-    "serve.capped_attention",
     "serve.kv_cache",
+    "serve.product_attention",
     "serve.ragged_attention",
     "serve.requests",
     "serve.sampling",

@@ -15,7 +15,7 @@ MAX_SCORES = 2**22
 
 
 class ProductKernel:
-    """Forward of a block with scores softcap * tanh(score / softcap), as in Gemma 2; None: as they are."""
+    """Attention of a block with scores softcap * tanh(score / softcap), as in Gemma 2; None: as they are."""
 
     def __init__(self, softcap: float | None):
         self._softcap = softcap
@@ -31,9 +31,6 @@ class ProductKernel:
             for first in range(0, num_queries, chunk)
         ]
         return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
-
-    def backward(self, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        raise NotImplementedError("this kernel serves; training has its own")
 
     def _chunk(
         self, q_HcD: torch.Tensor, k_KkD: torch.Tensor, v_KkD: torch.Tensor, block: Block, first: int, scaling: float
