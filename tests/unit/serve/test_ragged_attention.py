@@ -112,8 +112,9 @@ def test_neighbours_look_at_a_shared_document_together():
 
 
 def test_a_layer_that_the_step_does_not_reach_is_refused():
+    nothing = torch.zeros(1, 1, 1, 1)
     with pytest.raises(ModelError, match="did not pass the requests' places"):
-        ragged_attention.ragged_attention(nn.Module(), *[torch.zeros(1, 1, 1, 1)] * 3, None)
+        ragged_attention.ragged_attention(nn.Module(), nothing, nothing, nothing, None)
 
 
 def test_kernels_by_device_and_dtype():
