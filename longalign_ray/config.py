@@ -9,7 +9,16 @@ import re
 import warnings
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 # pydantic 1 had a method `construct`, which pydantic 2 keeps as a deprecated alias; our section may shadow it.
 warnings.filterwarnings("ignore", message='Field name "construct" in "RunConfig" shadows')
@@ -454,9 +463,12 @@ class ServeConfig(Section):
     max_output_tokens: PositiveInt = 4_096
     """Upper limit of `max_tokens`."""
     prefill_chunk: PositiveInt = 2_048
-    """Prompt tokens processed at a time."""
+    """Prompt tokens computed at a time, of all requests together; more are faster, and a larger pause for those that
+    decode."""
     max_sequences: PositiveInt = 8
-    """Requests that a replica computes at a time, in turns; each holds a KV cache."""
+    """Requests that a replica computes together; each holds a KV cache."""
+    prefix_cache_gb: NonNegativeFloat = 2.0
+    """Memory for KV caches of finished requests, which prompts that begin with the same tokens take over; 0: none."""
     max_ongoing_requests: PositiveInt = 64
     """Requests that a replica accepts at a time; more wait in its queue."""
     max_queued_requests: PositiveInt = 256

@@ -49,6 +49,7 @@ class EngineReplica:
             dtype=resolve_dtype(dtype, use_gpu=config.use_gpu),
             prefill_chunk=config.prefill_chunk,
             max_sequences=config.max_sequences,
+            prefix_cache_bytes=int(config.prefix_cache_gb * 1e9),
             device="cuda" if config.use_gpu else "cpu",
             num_threads=config.cpus_per_replica,
         )

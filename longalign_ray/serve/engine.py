@@ -1,6 +1,6 @@
 """The generation protocol: token ids in, a stream of token ids out. Text is the business of those who call it.
 
-An engine knows no chat template, no stop string and no HTTP, so that one that batches, or vLLM, can take its place.
+An engine knows no chat template, no stop string and no HTTP, so that another can take its place.
 `transformers_engine` holds the embedded implementation; `app` has one that passes calls on to a replica.
 """
 
@@ -23,6 +23,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
+    """Same seed, same draws, whatever is computed beside the request; none: others every time."""
     stop_token_ids: tuple[int, ...] = ()
     num_top: int = 0
     """Likeliest tokens reported with each token."""
@@ -70,6 +71,8 @@ class EngineStats:
     failed: int
     prompt_tokens: int
     generated_tokens: int
+    cached_tokens: int = 0
+    """Of the prompt tokens, those that were taken from other requests' caches."""
 
 
 class GenerationEngine(Protocol):

@@ -75,7 +75,30 @@ def varlen_attention(
             f"{type(module).__name__} did not pass the sequence boundaries on to attention; "
             "packed sequences would see one another, so this model cannot be trained packed"
         )
-    unsupported = [text for name, text in UNSUPPORTED.items() if kwargs.get(name) is not None]
+    refuse_unsupported(module, attention_mask, dropout=dropout, sliding_window=sliding_window, settings=kwargs)
+    in_ring = sequence_group.ring_degree > 1
+    kernel = partial(
+        partial(ring_attention, group=sequence_group) if in_ring else _select_kernel(query_1HtD.device),
+        cu_seqlens=cu_seq_lens_q,
+        boundaries=boundaries,
+        max_seqlen=max_length_q,
+        scaling=scaling if scaling is not None else query_1HtD.shape[-1] ** -0.5,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    )
+    return attend(kernel, query_1HtD[0], key_1KtD[0], value_1KtD[0], sequence_group)[None], None
+
+
+def refuse_unsupported(
+    module: nn.Module,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float,
+    sliding_window: int | None,
+    settings: dict[str, Any],
+) -> None:
+    """Raises ModelError where a layer asks for what no kernel here computes; `settings` is what else it passed."""
+    unsupported = [text for name, text in UNSUPPORTED.items() if settings.get(name) is not None]
     if dropout:
         unsupported.append("attention dropout")
     if attention_mask is not None:  # transformers makes none for us
@@ -90,17 +113,6 @@ def varlen_attention(
             f"{type(module).__name__} asks for {', '.join(unsupported)}, which variable-length attention does not "
             "offer here; choose a model without it"
         )
-    in_ring = sequence_group.ring_degree > 1
-    kernel = partial(
-        partial(ring_attention, group=sequence_group) if in_ring else _select_kernel(query_1HtD.device),
-        cu_seqlens=cu_seq_lens_q,
-        boundaries=boundaries,
-        max_seqlen=max_length_q,
-        scaling=scaling if scaling is not None else query_1HtD.shape[-1] ** -0.5,
-        sliding_window=sliding_window,
-        softcap=softcap,
-    )
-    return attend(kernel, query_1HtD[0], key_1KtD[0], value_1KtD[0], sequence_group)[None], None
 
 
 def _layer_type(module: nn.Module) -> str:

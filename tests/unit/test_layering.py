@@ -65,9 +65,18 @@ GLUE = (
     "evaluate.runner",
     "evaluate.report",
 )
+EMBEDDED = (  # the engine on a transformers model
+    "serve.batch_forward",
+    "serve.kv_cache",
+    "serve.product_attention",
+    "serve.ragged_attention",
+    "serve.requests",
+    "serve.sampling",
+    "serve.transformers_engine",
+)
 ALLOWED = {  # heavy package -> the only modules that may import it, even inside a function
     "ray": (*GLUE, "cli", "doctor", "stages"),
-    "torch": ("train", "serve.engine", "serve.generate", "serve.transformers_engine", "model_source", "precision"),
+    "torch": ("train", "model_source", "precision", "serve.engine", *EMBEDDED),
     "deepspeed": ("train",),
     "vllm": ("serve",),
 }

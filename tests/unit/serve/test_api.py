@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import json
 import time
@@ -81,10 +82,17 @@ def events_of(response: Any) -> list[Any]:
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
+def plain_model(engine: TransformersEngine) -> Any:
+    """The engine's weights with transformers' own attention."""
+    plain = copy.deepcopy(engine._model)
+    plain.set_attn_implementation("sdpa")
+    return plain
+
+
 def greedy_text(engine: TransformersEngine, model: ServedModel, prompt: list[int], num_tokens: int) -> str:
     inputs = torch.tensor([prompt])
     settings = {"max_new_tokens": num_tokens, "do_sample": False, "pad_token_id": 0}
-    out = engine._model.generate(inputs, attention_mask=torch.ones_like(inputs), **settings)
+    out = plain_model(engine).generate(inputs, attention_mask=torch.ones_like(inputs), **settings)
     return model.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
 
 
@@ -185,7 +193,7 @@ def test_unknown_fields_are_ignored(client):
 def test_completion_with_echo_scores_the_prompt(client, engine, model):
     ids = model.tokenizer("def f(x):")["input_ids"]
     with torch.no_grad():
-        log_probs = torch.log_softmax(engine._model(torch.tensor([ids])).logits[0], dim=-1)
+        log_probs = torch.log_softmax(plain_model(engine)(torch.tensor([ids])).logits[0], dim=-1)
     expected = [log_probs[place, token_id].item() for place, token_id in enumerate(ids[1:])]
     body = {"model": "tiny", "echo": True, "logprobs": 2, "max_tokens": 0}
     for prompt in ("def f(x):", ids):
@@ -352,9 +360,9 @@ def test_disconnect_in_mid_stream_cancels_the_request(model, engine, monkeypatch
     """The ASGI application driven by hand: after the first chunk the client is gone."""
     advance = engine._advance
 
-    def slow_advance(job: Any) -> None:  # or the tiny model might be done before the client is seen to be gone
+    def slow_advance(*arguments: Any) -> None:  # or the tiny model might be done before the client is seen to be gone
         time.sleep(0.02)
-        advance(job)
+        advance(*arguments)
 
     monkeypatch.setattr(engine, "_advance", slow_advance)
 

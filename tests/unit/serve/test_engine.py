@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -15,9 +14,10 @@ import pytest
 import torch
 
 from longalign_ray.errors import ModelError, ServingError
-from longalign_ray.serve import generate
+from longalign_ray.serve import batch_forward, requests
+from longalign_ray.serve.batch_forward import load_model
 from longalign_ray.serve.engine import Sampling
-from longalign_ray.serve.transformers_engine import TransformersEngine, load_model
+from longalign_ray.serve.transformers_engine import TransformersEngine
 
 PROMPT = tuple(range(40, 90))
 GREEDY = Sampling(max_tokens=24, temperature=0.0)
@@ -32,7 +32,10 @@ def engine(tiny_model_dir: Path) -> Iterator[TransformersEngine]:
 
 @pytest.fixture(scope="module")
 def model(tiny_model_dir: Path):
-    return load_model(tiny_model_dir, dtype="float32", device="cpu")
+    """The same weights with transformers' own attention."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32, attn_implementation="sdpa")
 
 
 async def tokens_of(engine: TransformersEngine, prompt=PROMPT, sampling: Sampling = GREEDY) -> tuple[list[int], str]:
@@ -49,49 +52,168 @@ def reference(model, prompt=PROMPT, **settings) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
+def prompt_of(length: int) -> list[int]:
+    return [(7 * place + length) % 250 for place in range(length)]
+
+
+def expected_of(model, prompt, *, max_tokens: int) -> tuple[list[int], str]:
+    expected = reference(model, prompt, max_new_tokens=max_tokens)
+    ended = expected[-1] == 258  # generate() gives the end token too
+    return (expected[:-1], "stop") if ended else (expected, "length")
+
+
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 50, 200])
 def test_greedy_equals_generate(engine, model, length):
-    prompt = [(7 * place + length) % 250 for place in range(length)]
-    ids, reason = asyncio.run(tokens_of(engine, prompt))
-    expected = reference(model, prompt, max_new_tokens=24)
-    ended = expected[-1] == 258  # generate() gives the end token too
-    assert (ids, reason) == ((expected[:-1], "stop") if ended else (expected, "length"))
+    prompt = prompt_of(length)
+    assert asyncio.run(tokens_of(engine, prompt)) == expected_of(model, prompt, max_tokens=24)
 
 
-def test_prompt_in_chunks_equals_prompt_at_once(model):
-    chunked: Any = generate.new_cache(model)
-    whole: Any = generate.new_cache(model)
-    for start in range(0, 50, 7):
-        last = generate._forward(model, PROMPT[start : start + 7], chunked, last_only=True)
-    expected = generate._forward(model, PROMPT, whole, last_only=True)
-    torch.testing.assert_close(last, expected, rtol=1e-5, atol=1e-6)
-    for ours, theirs in zip(chunked.layers, whole.layers, strict=True):
-        torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-5, atol=1e-6)
-        assert ours.keys.shape[-2] == 50
+@pytest.mark.parametrize(("chunk", "prefix_cache_bytes"), [(2, 0), (7, 2**20), (64, 2**20)])
+def test_a_crowd_equals_generate(tiny_model_dir, model, chunk, prefix_cache_bytes):
+    """Prompts of mixed lengths, alike and not, that come and go while others are computed."""
+    prompts = [prompt_of(length) for length in (3, 90, 1, 40, 17)]
+    prompts += [[*prompt_of(120), *prompt_of(length)] for length in (5, 30)] + [prompt_of(120)]
+    engine = TransformersEngine(
+        tiny_model_dir, dtype="float32", prefill_chunk=chunk, max_sequences=4, prefix_cache_bytes=prefix_cache_bytes
+    )
+
+    async def ask(number: int, prompt: list[int]) -> tuple[list[int], str]:
+        await asyncio.sleep(0.005 * (number * 5 % 8))
+        if number == 3:  # leaves after two tokens
+            async with aclosing(engine.submit(prompt, GREEDY)) as events:
+                return [(await anext(events)).tokens[0].token_id for _ in range(2)], "left"
+        return await tokens_of(engine, prompt, dataclasses.replace(GREEDY, max_tokens=4 + 2 * number))
+
+    async def crowd():
+        answers = await asyncio.gather(*(ask(*each) for each in enumerate(prompts)))
+        while (stats := await engine.stats()).active:
+            await asyncio.sleep(0.01)
+        return answers, stats
+
+    answers, stats = asyncio.run(crowd())
+    engine.close()
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        expected, reason = expected_of(model, prompt, max_tokens=4 + 2 * number)
+        assert answer == ((expected[:2], "left") if number == 3 else (expected, reason))
+    assert (stats.finished, stats.cancelled, stats.failed) == (7, 1, 0)
+    assert stats.prompt_tokens == sum(map(len, prompts)) - len(prompts[3])
+    assert (stats.cached_tokens > 0) == (prefix_cache_bytes > 0)
 
 
-def test_a_sliding_window_model_equals_generate():
-    from transformers import MistralConfig, MistralForCausalLM
+def test_questions_on_one_document_compute_it_once(tiny_model_dir, model, monkeypatch):
+    from longalign_ray.serve import kv_cache
 
+    monkeypatch.setattr(kv_cache, "MIN_SHARED", 100)
+    computed = []
+    forward = batch_forward.forward
+
+    def counting(model, pieces):
+        computed.append(sum(len(piece.token_ids) for piece in pieces if len(piece.token_ids) > 1))
+        return forward(model, pieces)
+
+    document = prompt_of(200)
+    engine = TransformersEngine(tiny_model_dir, dtype="float32", prefill_chunk=64, max_sequences=8)
+    monkeypatch.setattr(batch_forward, "forward", counting)
+    prompts = [[*document, number, *prompt_of(10)] for number in range(8)]
+
+    async def ask_all():
+        events = [[event async for event in engine.submit(prompt, GREEDY)] for prompt in prompts[:2]]
+        together = await asyncio.gather(*(tokens_of(engine, prompt) for prompt in prompts[2:]))
+        return events, together, await engine.stats()
+
+    events, together, stats = asyncio.run(ask_all())
+    engine.close()
+    assert [each[0].num_cached for each in events] == [0, 200]
+    assert [each[-1].num_cached for each in events] == [0, 200]
+    assert stats.cached_tokens == 7 * 200
+    assert sum(computed) == 200 + 8 * 11
+    for prompt, answer in zip(prompts[2:], together, strict=True):
+        assert answer == expected_of(model, prompt, max_tokens=24)
+
+
+def test_questions_that_come_together_wait_for_the_document(tiny_model_dir):
+    document = prompt_of(200)
+    engine = TransformersEngine(tiny_model_dir, dtype="float32", prefill_chunk=100, max_sequences=8)
+
+    async def ask_all():
+        await asyncio.gather(*(tokens_of(engine, [*document, number, 7]) for number in range(5)))
+        return await engine.stats()
+
+    assert asyncio.run(ask_all()).cached_tokens == 4 * 200
+    engine.close()
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "eos_token_id": None,
+}
+
+
+@pytest.mark.parametrize("family", ["mistral window", "qwen2 mixed windows", "gemma2 softcap"])
+def test_other_attention_equals_generate(family, tmp_path, monkeypatch):
+    import transformers
+
+    from longalign_ray.serve import kv_cache
+
+    monkeypatch.setattr(kv_cache, "MIN_SHARED", 12)
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    config = MistralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, sliding_window=8, eos_token_id=None)
-    model = MistralForCausalLM(config).eval()
-    prompt = [place % 60 for place in range(30)]
-    steps = generate.generate(model, prompt, GREEDY, end_ids=frozenset(), prefill_chunk=5)
-    ids = [token.token_id for event in steps if event is not None for token in event.tokens]
-    assert ids == reference(model, prompt, max_new_tokens=24)
+    kind, settings = {
+        "mistral window": ("Mistral", {"sliding_window": 8}),
+        "qwen2 mixed windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        "gemma2 softcap": ("Gemma2", {"sliding_window": 8, "attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 8}),
+    }[family]
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **settings})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model.save_pretrained(tmp_path)
+    model.set_attn_implementation("eager")
+    engine = TransformersEngine(tmp_path, dtype="float32", prefill_chunk=9, max_sequences=4)
+    document = [place * place % 61 for place in range(30)]
+    prompts = [[*document, 5], [*document, 9, 8, 7, 6], [1, 2, 3], document[:20]]
+
+    async def ask_all():
+        return await asyncio.gather(*(tokens_of(engine, prompt) for prompt in prompts))
+
+    answers = asyncio.run(ask_all())
+    engine.close()
+    assert [ids for ids, _ in answers] == [reference(model, prompt, max_new_tokens=24) for prompt in prompts]
 
 
-def test_end_tokens_stop_and_are_not_reported(engine, model):
+def test_models_that_cannot_be_computed_so_are_refused_by_name(tmp_path):
+    import transformers
+
+    sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
+    cases = [
+        (transformers.FalconH1Config(**SIZES, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_state=8), "FalconH1"),
+        (transformers.GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1), "sinks"),
+        (
+            transformers.LlamaConfig(**sizes, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}),
+            "rotary embeddings of type dynamic",
+        ),
+    ]
+    for number, (config, message) in enumerate(cases):
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / str(number))
+        with pytest.raises(ModelError, match=message):
+            load_model(tmp_path / str(number), dtype="float32", device="cpu")
+
+
+def test_end_tokens_stop_and_are_not_reported(engine, model, monkeypatch):
     expected = reference(model, max_new_tokens=24)
     place = next(place for place in range(3, 24) if expected[place] not in expected[:place])
     sampling = dataclasses.replace(GREEDY, stop_token_ids=(expected[place],))
     ids, reason = asyncio.run(tokens_of(engine, sampling=sampling))
     assert (ids, reason) == (expected[:place], "stop")
-    steps = generate.generate(model, PROMPT, GREEDY, end_ids=frozenset({expected[place]}), prefill_chunk=16)
-    *_, last = steps
-    assert last is not None
+    monkeypatch.setattr(engine, "_end_ids", frozenset({expected[place]}))
+
+    async def last_event():
+        return [event async for event in engine.submit(PROMPT, GREEDY)][-1]
+
+    last = asyncio.run(last_event())
     assert (last.tokens, last.finish_reason, last.num_generated) == ((), "stop", place + 1)
 
 
@@ -119,25 +241,9 @@ def test_a_seed_gives_the_same_tokens_beside_other_requests(engine):
     assert first != other_seed
 
 
-def test_sampling_follows_temperature_and_top_p():
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])  # probabilities 0.644, 0.237, 0.087, 0.032
-    generator = torch.Generator().manual_seed(0)
-
-    def shares(**settings: float) -> list[float]:
-        drawn = Counter(generate.sample(logits, generator=generator, **settings) for _ in range(2000))
-        return [drawn[token_id] / 2000 for token_id in range(4)]
-
-    assert shares(temperature=1.0, top_p=1.0) == pytest.approx([0.644, 0.237, 0.087, 0.032], abs=0.05)
-    assert shares(temperature=2.0, top_p=1.0) == pytest.approx([0.455, 0.276, 0.167, 0.102], abs=0.05)
-    assert shares(temperature=1.0, top_p=0.7) == pytest.approx([0.731, 0.269, 0, 0], abs=0.05)  # 0.644 < 0.7
-    assert shares(temperature=1.0, top_p=0.6) == [1, 0, 0, 0]
-    assert shares(temperature=0.0, top_p=1.0) == [1, 0, 0, 0]
-    assert shares(temperature=1e-4, top_p=1.0) == [1, 0, 0, 0]
-
-
 @pytest.mark.parametrize("chunk", [7, 49, 512])
 def test_score_equals_log_softmax_of_the_full_logits(engine, model, monkeypatch, chunk):
-    monkeypatch.setattr(generate, "SCORE_CHUNK", chunk)
+    monkeypatch.setattr(requests, "SCORE_CHUNK", chunk)
     with torch.no_grad():
         log_probs = torch.log_softmax(model(torch.tensor([PROMPT])).logits[0].float(), dim=-1)
     expected = [log_probs[place, token_id].item() for place, token_id in enumerate(PROMPT[1:])]
@@ -154,15 +260,25 @@ def test_score_of_one_token_is_empty(engine):
 
 def test_full_logits_never_exist_at_once(engine, monkeypatch):
     seen = []
-    forward = generate._forward
-    monkeypatch.setattr(generate, "SCORE_CHUNK", 16)
-    monkeypatch.setattr(generate, "_forward", lambda *args, **kw: seen.append(forward(*args, **kw)) or seen[-1])
-    asyncio.run(engine.score(range(200)))
-    assert len(seen) == 13
-    assert max(logits.shape[0] for logits in seen) == 16
+    forward = batch_forward.forward
+
+    def spying(*args):
+        logits = forward(*args)
+        seen.append(sum(map(len, logits)))
+        return logits
+
+    monkeypatch.setattr(requests, "SCORE_CHUNK", 10)
+    monkeypatch.setattr(batch_forward, "forward", spying)
+
+    async def two_scores():
+        await asyncio.gather(engine.score(range(100)), engine.score(range(50)))
+
+    asyncio.run(two_scores())
+    assert sum(seen) == 99 + 49
+    assert max(seen) == 10
     seen.clear()
-    asyncio.run(tokens_of(engine))
-    assert {logits.shape[0] for logits in seen} == {1}
+    asyncio.run(tokens_of(engine, prompt_of(60)))
+    assert max(seen) == 1
 
 
 def test_log_probs_of_generated_tokens_equal_their_score(engine):
@@ -214,25 +330,49 @@ def test_closing_the_stream_frees_the_worker(engine, monkeypatch):
     asyncio.run(scenario())
 
 
-def test_a_failing_request_fails_alone(engine, monkeypatch):
-    forward = generate._forward
+def test_a_failing_request_fails_alone(engine, model, monkeypatch):
+    forward = batch_forward.forward
 
-    def fails_on_one_prompt(model, token_ids, cache, **settings):
-        if tuple(token_ids)[:1] == (1,):
+    def fails_with_one_prompt(model, pieces):
+        if any(tuple(piece.token_ids)[:1] == (1,) for piece in pieces):
             raise RuntimeError("out of memory\nwith a long story")
-        return forward(model, token_ids, cache, **settings)
+        return forward(model, pieces)
 
-    monkeypatch.setattr(generate, "_forward", fails_on_one_prompt)
+    monkeypatch.setattr(batch_forward, "forward", fails_with_one_prompt)
+
+    async def both():
+        before = await engine.stats()
+        prompts = (PROMPT, [1, 2, 3], prompt_of(30))
+        made = await asyncio.gather(*(tokens_of(engine, each) for each in prompts), return_exceptions=True)
+        return before, made, await engine.stats()
+
+    before, (good, bad, also_good), after = asyncio.run(both())
+    assert good == expected_of(model, PROMPT, max_tokens=24)
+    assert also_good == expected_of(model, prompt_of(30), max_tokens=24)
+    assert isinstance(bad, ServingError)
+    assert str(bad) == "generation failed: RuntimeError: out of memory"
+    assert after.failed - before.failed == 1
+    assert engine.is_alive
+
+
+def test_overflow_fails_the_request_that_has_it(engine, model, monkeypatch):
+    forward = batch_forward.forward
+
+    def overflows(model, pieces):
+        logits = forward(model, pieces)
+        return [
+            rows * float("nan") if piece.token_ids[-1] == 3 else rows
+            for piece, rows in zip(pieces, logits, strict=True)
+        ]
+
+    monkeypatch.setattr(batch_forward, "forward", overflows)
 
     async def both():
         return await asyncio.gather(tokens_of(engine), tokens_of(engine, [1, 2, 3]), return_exceptions=True)
 
     good, bad = asyncio.run(both())
-    assert not isinstance(good, BaseException)
-    assert len(good[0]) == 24
-    assert isinstance(bad, ServingError)
-    assert str(bad) == "generation failed: RuntimeError: out of memory"
-    assert engine.is_alive
+    assert good == expected_of(model, PROMPT, max_tokens=24)
+    assert "weights or dtype overflow" in str(bad)
 
 
 def test_closing_the_engine_fails_what_is_under_way(tiny_model_dir):
