@@ -16,6 +16,7 @@ warnings.filterwarnings("ignore", message='Field name "construct" in "RunConfig"
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
+KEY_PLACE = r"env:\w+|file:.+"
 Style = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 
 DEFAULT_SOURCE = "corpus"
@@ -440,7 +441,10 @@ class ServeConfig(Section):
     """The OpenAI-compatible endpoint."""
 
     host: str = "127.0.0.1"
-    """Address to bind."""
+    """Address to bind; 0.0.0.0 is open to other machines, and then api_keys should be set."""
+    api_keys: str | None = None
+    """Where the keys are that clients may send, `env:NAME` or `file:PATH`, separated by white space; never a key
+    itself. Without, every client is answered. /health needs no key."""
     port: Annotated[int, Field(ge=1, le=65_535)] = 8_000
     """Port to bind."""
     num_replicas: PositiveInt = 1
@@ -449,10 +453,16 @@ class ServeConfig(Section):
     """Logical CPUs, and on a CPU-only machine threads, of a replica."""
     use_gpu: bool = False
     """One GPU a replica."""
+    max_body_bytes: PositiveInt = 16_777_216
+    """Larger request bodies are refused with 413."""
     max_prompt_tokens: PositiveInt = 131_072
     """Longer prompts are refused with 400."""
     max_output_tokens: PositiveInt = 4_096
     """Upper limit of `max_tokens`."""
+    max_choices: PositiveInt = 128
+    """Upper limit of a request's prompts times `n`."""
+    request_timeout_seconds: PositiveFloat = 3_600
+    """A request that takes longer is ended, with 504 or, in a stream, an error event."""
     prefill_chunk: PositiveInt = 2_048
     """Prompt tokens processed at a time."""
     max_sequences: PositiveInt = 8
@@ -463,6 +473,13 @@ class ServeConfig(Section):
     """Requests that wait before the next is refused with 429."""
     start_timeout_seconds: PositiveInt = 300
     """How long the replicas may take to load."""
+
+    @field_validator("api_keys")
+    @classmethod
+    def _no_key(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(KEY_PLACE, value):  # which may be a key, so it is not repeated
+            raise ValueError("serve.api_keys takes a place, env:NAME or file:PATH, and never a key itself")
+        return value
 
 
 class NeedleConfig(Section):
@@ -526,6 +543,8 @@ class EvaluateConfig(Section):
 
     endpoint: str | None = None
     """Base URL of a running OpenAI-compatible server; none: the recipe's own application is started."""
+    api_key: str | None = None
+    """Where the key for `endpoint` is, `env:NAME` or `file:PATH`; the recipe's own application takes serve.api_keys."""
     models: tuple[str, ...] = ("base", "aligned")
     """Model names asked of the endpoint."""
     concurrency: PositiveInt = 8
@@ -544,6 +563,13 @@ class EvaluateConfig(Section):
     """LongEval; null leaves it out."""
     heldout_loss: bool = True
     """Loss of the held-out examples, from the log-probabilities that the endpoint returns."""
+
+    @field_validator("api_key")
+    @classmethod
+    def _no_key(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(KEY_PLACE, value):
+            raise ValueError("evaluate.api_key takes a place, env:NAME or file:PATH, and never a key itself")
+        return value
 
 
 class RayConfig(Section):
