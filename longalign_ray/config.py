@@ -28,6 +28,15 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+def _whole_or_range(name: str, value: Any, *, of: str) -> Any:
+    """`value` if it is a number of at least 1, or [fewest, most]."""
+    pair = value if isinstance(value, list | tuple) else (value, value)
+    whole = all(isinstance(number, int) and not isinstance(number, bool) for number in pair)
+    if len(pair) != 2 or not whole or not 1 <= pair[0] <= pair[1]:
+        raise ValueError(f"{name} = {value!r}: give a whole number of {of}, 1 or more, or two, [fewest, most]")
+    return value
+
+
 class RopeConfig(Section):
     """Context extension: how the model's rotary embedding is changed for longer examples; see train/rope.py."""
 
@@ -382,13 +391,7 @@ class TrainConfig(Section):
     @field_validator("num_workers", mode="before")
     @classmethod
     def _some_ranks(cls, value: Any) -> Any:
-        pair = value if isinstance(value, list | tuple) else (value, value)
-        whole = all(isinstance(number, int) and not isinstance(number, bool) for number in pair)
-        if len(pair) != 2 or not whole or not 1 <= pair[0] <= pair[1]:
-            raise ValueError(
-                f"train.num_workers = {value!r}: give a whole number of ranks, 1 or more, or two, [fewest, most]"
-            )
-        return value
+        return _whole_or_range("train.num_workers", value, of="ranks")
 
     @field_validator("checkpoint_storage")
     @classmethod
@@ -447,8 +450,12 @@ class ServeConfig(Section):
     itself. Without, every client is answered. /health needs no key."""
     port: Annotated[int, Field(ge=1, le=65_535)] = 8_000
     """Port to bind."""
-    num_replicas: PositiveInt = 1
-    """Replicas of each model."""
+    num_replicas: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Replicas of each model; as [fewest, most] their number follows the load, upwards within about 30 s."""
+    target_ongoing_requests: PositiveInt = 8
+    """With [fewest, most]: requests under way or waiting for which there shall be a replica."""
+    idle_seconds: PositiveInt = 300
+    """With [fewest, most]: how long fewer replicas must have sufficed before one is ended."""
     cpus_per_replica: PositiveInt = 1
     """Logical CPUs, and on a CPU-only machine threads, of a replica."""
     use_gpu: bool = False
@@ -471,8 +478,28 @@ class ServeConfig(Section):
     """Requests that a replica accepts at a time; more wait in its queue."""
     max_queued_requests: PositiveInt = 256
     """Requests that wait before the next is refused with 429."""
+    affinity_tokens: Count = 0
+    """Requests with the same first so many prompt tokens, such as questions on one document, go to the same replica,
+    whose cache then holds them, and to the next one while that has `max_ongoing_requests`. 0: to the least busy one."""
+    stuck_seconds: PositiveInt = 900
+    """A replica that has requests and has done nothing for so long is replaced; more than the longest prompt takes."""
+    drain_seconds: PositiveInt = 30
+    """At the end requests that are under way may take this long."""
     start_timeout_seconds: PositiveInt = 300
     """How long the replicas may take to load."""
+
+    @field_validator("num_replicas", mode="before")
+    @classmethod
+    def _some_replicas(cls, value: Any) -> Any:
+        return _whole_or_range("serve.num_replicas", value, of="replicas")
+
+    @property
+    def min_replicas(self) -> int:
+        return self.num_replicas if isinstance(self.num_replicas, int) else self.num_replicas[0]
+
+    @property
+    def max_replicas(self) -> int:
+        return self.num_replicas if isinstance(self.num_replicas, int) else self.num_replicas[1]
 
     @field_validator("api_keys")
     @classmethod

@@ -6,8 +6,7 @@ import asyncio
 import dataclasses
 import json
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from fastapi.testclient import TestClient
 from longalign_ray.config import ServeConfig
 from longalign_ray.data.template import encode_prompt
 from longalign_ray.errors import OverloadedError, ServingError
-from longalign_ray.serve.answer import ServedModel, served_model
+from longalign_ray.serve.answer import ServedModel
 from longalign_ray.serve.api import build_api
 from longalign_ray.serve.engine import GenerationEvent, Sampling, Token
 from longalign_ray.serve.transformers_engine import TransformersEngine
@@ -46,27 +45,15 @@ class BrokenEngine:
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_model_dir: Path) -> Iterator[TransformersEngine]:
-    engine = TransformersEngine(tiny_model_dir, dtype="float32", prefill_chunk=16)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def model(engine: TransformersEngine, tiny_model_dir: Path) -> ServedModel:
-    return served_model("tiny", engine, tiny_model_dir, chat_template=None)
-
-
-@pytest.fixture(scope="module")
 def client(model: ServedModel) -> TestClient:
     return client_of(model)
 
 
-def client_of(model: ServedModel, *, ready: bool = True) -> TestClient:
+def client_of(model: ServedModel, config: ServeConfig = CONFIG, *, ready: bool = True, **more: Any) -> TestClient:
     async def health() -> dict[str, bool]:
         return {"tiny": ready}
 
-    return TestClient(build_api({"tiny": model}, CONFIG, health=health), raise_server_exceptions=False)
+    return TestClient(build_api({"tiny": model}, config, health=health, **more), raise_server_exceptions=False)
 
 
 def broken_client(model: ServedModel, error: Exception, *, after_tokens: int = 0) -> TestClient:

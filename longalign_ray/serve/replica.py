@@ -1,0 +1,63 @@
+"""One copy of a model as a Serve replica, which knows nothing of Ray: the engine, and whether it still moves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+
+from longalign_ray.config import ServeConfig
+from longalign_ray.errors import ServingError
+from longalign_ray.serve.engine import EngineStats, GenerationEvent, PromptScore, Sampling
+
+
+class EngineReplica:
+    """Serve replaces it when `check_health` raises."""
+
+    def __init__(self, model_dir: str, config: ServeConfig, *, dtype: str):
+        from transformers.utils.logging import disable_progress_bar
+
+        from longalign_ray.precision import resolve_dtype
+        from longalign_ray.serve.transformers_engine import TransformersEngine
+
+        disable_progress_bar()
+        self._engine = TransformersEngine(
+            model_dir,
+            dtype=resolve_dtype(dtype, use_gpu=config.use_gpu),
+            prefill_chunk=config.prefill_chunk,
+            max_sequences=config.max_sequences,
+            device="cuda" if config.use_gpu else "cpu",
+            num_threads=config.cpus_per_replica,
+        )
+        self._stuck_seconds = config.stuck_seconds
+        self._num_events = 0
+        self._seen: tuple[EngineStats, int] | None = None
+        self._moved = time.monotonic()
+
+    async def submit(self, token_ids: list[int], sampling: Sampling) -> AsyncGenerator[GenerationEvent, None]:
+        events = self._engine.submit(token_ids, sampling)
+        try:
+            async for event in events:
+                self._num_events += 1
+                yield event
+        finally:
+            await events.aclose()
+
+    async def score(self, token_ids: list[int], num_top: int) -> PromptScore:
+        return await self._engine.score(token_ids, num_top=num_top)
+
+    async def stats(self) -> EngineStats:
+        return await self._engine.stats()
+
+    async def check_health(self) -> None:
+        """Raises ServingError where the engine has ended, or has requests and did nothing for `stuck_seconds`."""
+        if not self._engine.is_alive:
+            raise ServingError("the thread that owns the model has ended")
+        stats, now = await self._engine.stats(), time.monotonic()
+        if (stats, self._num_events) != self._seen or stats.active + stats.waiting == 0:
+            self._seen, self._moved = (stats, self._num_events), now
+        elif now - self._moved > self._stuck_seconds:
+            raise ServingError(
+                f"no token and no finished request for {now - self._moved:.0f} s with {stats.active} active and "
+                f"{stats.waiting} waiting; if prompts take longer than that, raise serve.stuck_seconds = "
+                f"{self._stuck_seconds}"
+            )
