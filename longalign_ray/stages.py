@@ -223,6 +223,16 @@ def serve(config: RunConfig, run_dir: RunDir) -> None:
     serve_forever(models, config.serve, chat_template=config.model.chat_template, dtype=config.model.dtype)
 
 
+def write_serve_config(config: RunConfig, run_dir: RunDir, file: Path) -> None:
+    """Writes the Serve config of the same models, for `serve deploy FILE` on a cluster that runs already."""
+    from longalign_ray.serve.deploy import deploy_config
+
+    models = served_models(config, run_dir)
+    text = deploy_config(models, config.serve, chat_template=config.model.chat_template, dtype=config.model.dtype)
+    file.write_text(text, encoding="utf-8")
+    logger.info("serve: wrote %s; start it with `serve deploy %s`", file, file)
+
+
 def evaluate(config: RunConfig, run_dir: RunDir) -> Manifest:
     """Benchmarks over HTTP, from `evaluate.endpoint` or an application started for the purpose."""
     from longalign_ray.evaluate.runner import evaluate as ask

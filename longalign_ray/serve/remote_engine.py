@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import dataclasses
 import hashlib
 from array import array
@@ -26,7 +27,7 @@ class RemoteEngine:
         self._affinity_tokens = affinity_tokens
 
     async def submit(self, token_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[GenerationEvent, None]:
-        events: Any = self._to(token_ids, stream=True).submit.remote(list(token_ids), sampling)
+        events: Any = self._start("submit", token_ids, sampling, stream=True)
         try:
             async for event in events:
                 yield event
@@ -37,7 +38,7 @@ class RemoteEngine:
             raise
 
     async def score(self, token_ids: Sequence[int], *, num_top: int = 0) -> PromptScore:
-        return await self._call(self._to(token_ids).score.remote(list(token_ids), num_top))
+        return await self._call(self._start("score", token_ids, num_top))
 
     async def stats(self) -> EngineStats:
         """The sum over all replicas."""
@@ -48,12 +49,17 @@ class RemoteEngine:
         fields = [field.name for field in dataclasses.fields(EngineStats)]
         return EngineStats(**{name: sum(getattr(stats, name) for stats in of_replica) for name in fields})
 
-    def _to(self, token_ids: Sequence[int], **options: Any) -> Any:
-        """The handle; where `affinity_tokens` are set, one that leads to the replica of this beginning."""
+    def _start(self, method: str, token_ids: Sequence[int], *arguments: Any, **options: Any) -> Any:
+        """The response of a call, which with `affinity_tokens` goes to the replica of this prompt's beginning.
+
+        It starts in a context of its own: there Serve finds the id of the HTTP request and gives it to the call, and a
+        router that tells waiting calls apart by that id loses one of two that a request with n = 2 makes.
+        """
         if self._affinity_tokens:
             beginning = array("q", token_ids[: self._affinity_tokens]).tobytes()
             options["session_id"] = hashlib.sha256(beginning).hexdigest()
-        return self._handle.options(**options) if options else self._handle
+        handle = self._handle.options(**options)
+        return contextvars.Context().run(getattr(handle, method).remote, list(token_ids), *arguments)
 
     async def _call(self, response: Any) -> Any:
         try:

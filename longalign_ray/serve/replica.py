@@ -10,6 +10,27 @@ from longalign_ray.errors import ServingError
 from longalign_ray.serve.engine import EngineStats, GenerationEvent, PromptScore, Sampling
 
 
+class Progress:
+    """Whether an engine that has requests does anything: gives an event, or changes its counts."""
+
+    def __init__(self, *, stuck_seconds: float):
+        self.num_events = 0
+        self._stuck_seconds = stuck_seconds
+        self._seen: tuple[EngineStats, int] | None = None
+        self._moved = 0.0
+
+    def check(self, stats: EngineStats, *, now: float) -> None:
+        """Raises ServingError where nothing has moved for `stuck_seconds`; called from time to time."""
+        if (stats, self.num_events) != self._seen or stats.active + stats.waiting == 0:
+            self._seen, self._moved = (stats, self.num_events), now
+        elif now - self._moved > self._stuck_seconds:
+            raise ServingError(
+                f"the engine has done nothing for {now - self._moved:.0f} s with {stats.active} requests active and "
+                f"{stats.waiting} waiting; if prompts take that long, raise serve.stuck_seconds = "
+                f"{self._stuck_seconds:g}"
+            )
+
+
 class EngineReplica:
     """Serve replaces it when `check_health` raises."""
 
@@ -28,16 +49,13 @@ class EngineReplica:
             device="cuda" if config.use_gpu else "cpu",
             num_threads=config.cpus_per_replica,
         )
-        self._stuck_seconds = config.stuck_seconds
-        self._num_events = 0
-        self._seen: tuple[EngineStats, int] | None = None
-        self._moved = time.monotonic()
+        self._progress = Progress(stuck_seconds=config.stuck_seconds)
 
     async def submit(self, token_ids: list[int], sampling: Sampling) -> AsyncGenerator[GenerationEvent, None]:
         events = self._engine.submit(token_ids, sampling)
         try:
             async for event in events:
-                self._num_events += 1
+                self._progress.num_events += 1
                 yield event
         finally:
             await events.aclose()
@@ -52,12 +70,4 @@ class EngineReplica:
         """Raises ServingError where the engine has ended, or has requests and did nothing for `stuck_seconds`."""
         if not self._engine.is_alive:
             raise ServingError("the thread that owns the model has ended")
-        stats, now = await self._engine.stats(), time.monotonic()
-        if (stats, self._num_events) != self._seen or stats.active + stats.waiting == 0:
-            self._seen, self._moved = (stats, self._num_events), now
-        elif now - self._moved > self._stuck_seconds:
-            raise ServingError(
-                f"no token and no finished request for {now - self._moved:.0f} s with {stats.active} active and "
-                f"{stats.waiting} waiting; if prompts take longer than that, raise serve.stuck_seconds = "
-                f"{self._stuck_seconds}"
-            )
+        self._progress.check(await self._engine.stats(), now=time.monotonic())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import signal
@@ -9,9 +10,11 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from longalign_ray.config import ServeConfig
 from longalign_ray.errors import ServingError
@@ -58,6 +61,31 @@ def test_model_that_does_not_load_is_named_and_serve_is_shut_down(tiny_model_dir
         pass
     assert time.monotonic() - started < 100
     assert not serve.status().proxies
+
+
+def test_written_config_stands_for_the_same_application(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from longalign_ray.serve.deploy import deploy_config
+
+    keys = tmp_path / "keys"
+    config = ServeConfig(port=8_123, num_replicas=(1, 4), api_keys=f"file:{keys}", affinity_tokens=64, drain_seconds=9)
+    written = deploy_config({"base": tiny_model_dir}, config, chat_template=None, dtype="float32")
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(written))
+    assert (schema.http_options.host, schema.http_options.port) == ("127.0.0.1", 8_123)
+    (application,) = schema.applications
+    module, _, function = application.import_path.partition(":")
+    build = getattr(importlib.import_module(module), function)
+    with pytest.raises(ServingError, match="make the file"):
+        build(application.args)
+    keys.write_text("a-secret-key-of-the-tests")
+    ingress: Any = build(application.args)._bound_deployment
+    engine = ingress.init_args[0]["base"]._bound_deployment
+    scaling = engine._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
+    assert engine._deployment_config.graceful_shutdown_timeout_s == 9
+    assert "secret" not in repr(ingress.init_args) + repr(ingress.init_kwargs) + written
+    assert len(ingress.init_kwargs["key_digests"]) == 1
 
 
 def test_serve_forever_ends_with_sigterm(tiny_model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
