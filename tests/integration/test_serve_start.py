@@ -66,11 +66,14 @@ def test_model_that_does_not_load_is_named_and_serve_is_shut_down(tiny_model_dir
 def test_written_config_stands_for_the_same_application(tiny_model_dir: Path, tmp_path: Path) -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from longalign_ray.serve.deploy import deploy_config
+    from longalign_ray.cli import main
 
-    keys = tmp_path / "keys"
-    config = ServeConfig(port=8_123, num_replicas=(1, 4), api_keys=f"file:{keys}", affinity_tokens=64, drain_seconds=9)
-    written = deploy_config({"base": tiny_model_dir}, config, chat_template=None, dtype="float32")
+    shutil.copytree(tiny_model_dir, tmp_path / "run" / "model")
+    keys, recipe, file = tmp_path / "keys", tmp_path / "recipe.yaml", tmp_path / "serve.yaml"
+    recipe.write_text(f"run_dir: {tmp_path}/run\nmodel: {{path: {tiny_model_dir}, dtype: float32}}")
+    settings = ["port=8123", "num_replicas=[1, 4]", f"api_keys=file:{keys}", "affinity_tokens=64", "drain_seconds=9"]
+    assert main(["serve", str(recipe), *(f"serve.{each}" for each in settings), "--write-config", str(file)]) == 0
+    written = file.read_text()
     schema = ServeDeploySchema.model_validate(yaml.safe_load(written))
     assert (schema.http_options.host, schema.http_options.port) == ("127.0.0.1", 8_123)
     (application,) = schema.applications
