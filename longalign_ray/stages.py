@@ -257,11 +257,7 @@ def evaluate(config: RunConfig, run_dir: RunDir) -> Manifest:
                 models, config.serve, chat_template=config.model.chat_template, dtype=config.model.dtype
             ) as base_url:
                 counts, dropped = ask(
-                    config.evaluate,
-                    run_dir,
-                    base_url=base_url,
-                    cases=cases,
-                    api_key=_first_key(config.serve.api_keys),
+                    config.evaluate, run_dir, base_url=base_url, cases=cases, api_key=_first_key(config.serve.api_keys)
                 )
         return _manifest(config, run_dir, "evaluate", [run_dir.model], [run_dir.scores], counts, dropped)
 

@@ -59,11 +59,7 @@ def evaluate(
 
 
 async def _evaluate(
-    config: EvaluateConfig,
-    run_dir: RunDir,
-    base_url: str,
-    cases: Mapping[str, list[EvalCase]],
-    api_key: str | None,
+    config: EvaluateConfig, run_dir: RunDir, base_url: str, cases: Mapping[str, list[EvalCase]], api_key: str | None
 ) -> tuple[dict[str, Any], dict[str, int]]:
     async with Endpoint(
         base_url,

@@ -168,10 +168,24 @@ def running_app(
         host = "127.0.0.1" if config.host in ("0.0.0.0", "::", "") else config.host
         root = f"http://{host}:{config.port}"
         _wait_until_ready(root, timeout_seconds=config.start_timeout_seconds)
-        yield f"{root}/v1"
+        try:
+            yield f"{root}/v1"
+        finally:
+            _drain(config.drain_seconds)
     finally:
         with redirect_stdout(io.StringIO()):  # Ray reports the controller's intended end there as a failed task
             serve.shutdown()
+
+
+def _drain(seconds: float) -> None:
+    """Returns when the requests that are under way have ended, or time is up; new ones are refused meanwhile.
+
+    `serve.shutdown` would end the proxy, and with it every connection, at once.
+    """
+    deadline = time.monotonic() + seconds + 2 * POLL_SECONDS
+    serve.delete(APP_NAME, _blocking=False)
+    while APP_NAME in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS / 2)
 
 
 def serve_forever(models: Mapping[str, Path], config: ServeConfig, *, chat_template: str | None, dtype: str) -> None:

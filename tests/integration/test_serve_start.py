@@ -91,13 +91,16 @@ def test_written_config_stands_for_the_same_application(tiny_model_dir: Path, tm
     assert len(ingress.init_kwargs["key_digests"]) == 1
 
 
-def test_serve_forever_ends_with_sigterm(tiny_model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_serve_forever_ends_with_sigterm_after_what_is_under_way(
+    tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     from longalign_ray.serve.app import serve_forever
 
     caplog.set_level("INFO", logger="longalign_ray")
     config = ServeConfig(port=free_port())
     health = f"http://127.0.0.1:{config.port}/health"
     seen: list[int] = []
+    events: list[str] = []
 
     def end_when_ready() -> None:
         deadline = time.monotonic() + 120
@@ -110,13 +113,25 @@ def test_serve_forever_ends_with_sigterm(tiny_model_dir: Path, caplog: pytest.Lo
                 continue
         while "curl" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        body = {"model": "base", "messages": [{"role": "user", "content": "What is long context?"}], "stream": True}
+        url = health.replace("/health", "/v1/chat/completions")
+        try:
+            with httpx.stream("POST", url, json={**body, "max_tokens": 600, "temperature": 0}, timeout=60) as stream:
+                lines = (line for line in stream.iter_lines() if line)
+                events.append(next(lines))
+                os.kill(os.getpid(), signal.SIGTERM)
+                events.extend(lines)
+        finally:
+            if not events:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     watcher = threading.Thread(target=end_when_ready)
     watcher.start()
     serve_forever({"base": tiny_model_dir}, config, chat_template=None, dtype="float32")
     watcher.join()
     assert seen == [200]
+    assert events[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in events[-2]
     assert f"http://127.0.0.1:{config.port}/v1/chat/completions" in caplog.text
     with pytest.raises(httpx.ConnectError):
         httpx.get(health)
