@@ -3,8 +3,9 @@
     python -m tests.benchmarks.serve_overhead [--rounds 5] [--streams 16]
 
 A tiny random model, so that little but the overhead is measured; both take turns with the same prompts, 16 streams at a
-time, and medians over all requests of all rounds are shown. Everything runs on this machine and shares its CPUs: with
-fewer cores than processes (engine, ingress, proxy, client) the difference holds their computing too.
+time, and medians over all requests of all rounds are shown; `a request` is what is added to a round's time, over its
+requests. Everything runs on this machine and shares its CPUs: with fewer cores than processes (engine, ingress, proxy,
+client) the difference holds their computing too.
 """
 
 from __future__ import annotations
@@ -51,27 +52,32 @@ async def measure(model_dir: Path, root: str, *, rounds: int, streams: int) -> N
 
     engine = TransformersEngine(model_dir, dtype="float32", max_sequences=streams, num_threads=1)
     token_ids = list(PROMPT.encode())
-    print(f"| tokens of an answer, {streams} streams | direct ms | Serve ms | added ms | first token: added ms |")
-    print("|---|---|---|---|---|")
+    print(f"| tokens of an answer, {streams} at once | direct ms | Serve ms | added ms | first token | a request |")
+    print("|---|---|---|---|---|---|")
     limits = httpx.Limits(max_connections=streams)
     async with httpx.AsyncClient(base_url=root, timeout=300, trust_env=False, limits=limits) as client:
         for num_tokens in TOKENS:
             times: dict[str, list[tuple[float, float]]] = {"direct": [], "serve": []}
+            of_round: dict[str, list[float]] = {"direct": [], "serve": []}
             for number in range(rounds + 1):
                 ways = {
                     "direct": [direct(engine, token_ids, num_tokens) for _ in range(streams)],
                     "serve": [over_http(client, token_ids, num_tokens) for _ in range(streams)],
                 }
                 for way, calls in ways.items():
+                    started = time.perf_counter()
                     measured = await asyncio.gather(*calls)
+                    of_round[way] += [1e3 * (time.perf_counter() - started) / streams] if number else []
                     times[way] += measured if number else []  # the first round warms up
             first, whole = (
                 {way: statistics.median(pair[place] for pair in pairs) for way, pairs in times.items()}
                 for place in (0, 1)
             )
+            each = {way: statistics.median(milliseconds) for way, milliseconds in of_round.items()}
             print(
                 f"| {num_tokens} | {whole['direct']:.0f} | {whole['serve']:.0f} | "
-                f"{whole['serve'] - whole['direct']:.1f} | {first['serve'] - first['direct']:.1f} |"
+                f"{whole['serve'] - whole['direct']:.1f} | {first['serve'] - first['direct']:.1f} | "
+                f"{each['serve'] - each['direct']:.1f} |"
             )
     engine.close()
 

@@ -60,8 +60,9 @@ def body_of(draw: random.Random) -> bytes:
         content = content[:at] + draw.randbytes(draw.randint(1, 4)) + content[at + draw.randint(0, 4) :]
     elif damage < 0.14:
         content = b"[" * draw.randint(1, 3_000) + content
-    elif damage < 0.16:
-        content = content.replace(b'"Hi"', b'"\\ud800"').replace(b"0.5", b"NaN").replace(b"3", b"1" * 5_000)
+    elif damage < 0.20:
+        half_pair, no_number, long_number = (b'"Hi"', b'"\\ud800"'), (b"0.5", b"NaN"), (b"3", b"1" * 5_000)
+        content = content.replace(*draw.choice((half_pair, no_number, long_number)))
     return content
 
 
