@@ -7,6 +7,7 @@ import errno
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from longalign_ray.errors import ConfigError, LongAlignError
 from longalign_ray.logs import configure_logging
@@ -72,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
             _plan_arguments(command)
         elif name == "inspect":
             _inspect_arguments(command)
+        elif name == "serve":
+            command.add_argument("--write-config", metavar="FILE", help="write a config for `serve deploy` and end")
     return parser
 
 
@@ -139,6 +142,9 @@ def _run(arguments: argparse.Namespace) -> int:
         console.print(inspect(arguments, colour=console.is_terminal), soft_wrap=True)
         return 0
     config, run_dir = stages.open_run(arguments.recipe, arguments.overrides)
+    if arguments.command == "serve" and arguments.write_config:
+        stages.write_serve_config(config, run_dir, Path(arguments.write_config))
+        return 0
     result = getattr(stages, arguments.command)(config, run_dir)
     if arguments.command in ("run", "report"):
         from longalign_ray.evaluate.report import summary_table
@@ -148,8 +154,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _dry_run(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from longalign_ray.config_load import dump_config, load_config
     from longalign_ray.run_dir import RunDir
     from longalign_ray.stage_state import stage_states

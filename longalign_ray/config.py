@@ -25,6 +25,7 @@ warnings.filterwarnings("ignore", message='Field name "construct" in "RunConfig"
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
+KEY_PLACE = r"env:\w+|file:.+"
 Style = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 
 DEFAULT_SOURCE = "corpus"
@@ -34,6 +35,15 @@ class Section(BaseModel):
     """Base of every section: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _whole_or_range(name: str, value: Any, *, of: str) -> Any:
+    """`value` if it is a number of at least 1, or [fewest, most]."""
+    pair = value if isinstance(value, list | tuple) else (value, value)
+    whole = all(isinstance(number, int) and not isinstance(number, bool) for number in pair)
+    if len(pair) != 2 or not whole or not 1 <= pair[0] <= pair[1]:
+        raise ValueError(f"{name} = {value!r}: give a whole number of {of}, 1 or more, or two, [fewest, most]")
+    return value
 
 
 class RopeConfig(Section):
@@ -390,13 +400,7 @@ class TrainConfig(Section):
     @field_validator("num_workers", mode="before")
     @classmethod
     def _some_ranks(cls, value: Any) -> Any:
-        pair = value if isinstance(value, list | tuple) else (value, value)
-        whole = all(isinstance(number, int) and not isinstance(number, bool) for number in pair)
-        if len(pair) != 2 or not whole or not 1 <= pair[0] <= pair[1]:
-            raise ValueError(
-                f"train.num_workers = {value!r}: give a whole number of ranks, 1 or more, or two, [fewest, most]"
-            )
-        return value
+        return _whole_or_range("train.num_workers", value, of="ranks")
 
     @field_validator("checkpoint_storage")
     @classmethod
@@ -449,19 +453,38 @@ class ServeConfig(Section):
     """The OpenAI-compatible endpoint."""
 
     host: str = "127.0.0.1"
-    """Address to bind."""
+    """Address to bind; 0.0.0.0 is open to other machines, and then api_keys should be set."""
+    api_keys: str | None = None
+    """Where the keys are that clients may send, `env:NAME` or `file:PATH`, separated by white space; never a key
+    itself. Without, every client is answered. /health needs no key."""
     port: Annotated[int, Field(ge=1, le=65_535)] = 8_000
     """Port to bind."""
-    num_replicas: PositiveInt = 1
-    """Replicas of each model."""
+    num_replicas: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Replicas of each model; as [fewest, most] their number follows the load, upwards within about 30 s."""
+    target_ongoing_requests: PositiveInt = 8
+    """With [fewest, most]: requests under way or waiting for which there shall be a replica."""
+    idle_seconds: PositiveInt = 300
+    """With [fewest, most]: how long fewer replicas must have sufficed before one is ended."""
     cpus_per_replica: PositiveInt = 1
     """Logical CPUs, and on a CPU-only machine threads, of a replica."""
     use_gpu: bool = False
-    """One GPU a replica."""
+    """Replicas compute on GPUs: `tensor_parallel` each."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """`vllm` (extra `vllm`) is the faster one on GPUs; `transformers` needs nothing else and runs anywhere."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs of one machine over which vLLM divides each layer."""
+    vllm_args: dict[str, Any] = {}
+    """Further settings of vLLM's engine by vLLM's own names, such as gpu_memory_utilization."""
+    max_body_bytes: PositiveInt = 16_777_216
+    """Larger request bodies are refused with 413."""
     max_prompt_tokens: PositiveInt = 131_072
     """Longer prompts are refused with 400."""
     max_output_tokens: PositiveInt = 4_096
     """Upper limit of `max_tokens`."""
+    max_choices: PositiveInt = 128
+    """Upper limit of a request's prompts times `n`."""
+    request_timeout_seconds: PositiveFloat = 3_600
+    """A request that takes longer is ended, with 504 or, in a stream, an error event."""
     prefill_chunk: PositiveInt = 2_048
     """Prompt tokens computed at a time, of all requests together; more are faster, and a larger pause for those that
     decode."""
@@ -473,8 +496,46 @@ class ServeConfig(Section):
     """Requests that a replica accepts at a time; more wait in its queue."""
     max_queued_requests: PositiveInt = 256
     """Requests that wait before the next is refused with 429."""
+    affinity_tokens: Count = 0
+    """Requests with the same first so many prompt tokens, such as questions on one document, go to the same replica,
+    whose cache then holds them, and to the next one while that has `max_ongoing_requests`. 0: to the least busy one."""
+    stuck_seconds: PositiveInt = 900
+    """A replica that has requests and has done nothing for so long is replaced; more than the longest prompt takes."""
+    drain_seconds: PositiveInt = 30
+    """At the end requests that are under way may take this long."""
     start_timeout_seconds: PositiveInt = 300
     """How long the replicas may take to load."""
+
+    @model_validator(mode="after")
+    def _divided_by_vllm(self) -> ServeConfig:
+        if self.engine != "vllm" and (self.tensor_parallel > 1 or self.vllm_args):
+            name = "tensor_parallel" if self.tensor_parallel > 1 else "vllm_args"
+            raise ValueError(f"serve.{name} is for vLLM alone: set serve.engine=vllm, or leave serve.{name} out")
+        return self
+
+    @property
+    def gpus_per_replica(self) -> int:
+        return self.tensor_parallel if self.use_gpu else 0
+
+    @field_validator("num_replicas", mode="before")
+    @classmethod
+    def _some_replicas(cls, value: Any) -> Any:
+        return _whole_or_range("serve.num_replicas", value, of="replicas")
+
+    @property
+    def min_replicas(self) -> int:
+        return self.num_replicas if isinstance(self.num_replicas, int) else self.num_replicas[0]
+
+    @property
+    def max_replicas(self) -> int:
+        return self.num_replicas if isinstance(self.num_replicas, int) else self.num_replicas[1]
+
+    @field_validator("api_keys")
+    @classmethod
+    def _no_key(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(KEY_PLACE, value):  # which may be a key, so it is not repeated
+            raise ValueError("serve.api_keys takes a place, env:NAME or file:PATH, and never a key itself")
+        return value
 
 
 class NeedleConfig(Section):
@@ -538,6 +599,8 @@ class EvaluateConfig(Section):
 
     endpoint: str | None = None
     """Base URL of a running OpenAI-compatible server; none: the recipe's own application is started."""
+    api_key: str | None = None
+    """Where the key for `endpoint` is, `env:NAME` or `file:PATH`; the recipe's own application takes serve.api_keys."""
     models: tuple[str, ...] = ("base", "aligned")
     """Model names asked of the endpoint."""
     concurrency: PositiveInt = 8
@@ -556,6 +619,13 @@ class EvaluateConfig(Section):
     """LongEval; null leaves it out."""
     heldout_loss: bool = True
     """Loss of the held-out examples, from the log-probabilities that the endpoint returns."""
+
+    @field_validator("api_key")
+    @classmethod
+    def _no_key(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(KEY_PLACE, value):
+            raise ValueError("evaluate.api_key takes a place, env:NAME or file:PATH, and never a key itself")
+        return value
 
 
 class RayConfig(Section):

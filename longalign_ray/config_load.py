@@ -144,7 +144,8 @@ def _apply_override(tree: dict[str, Any], override: str, places: dict[KeyPath, s
     branch[keys[-1]] = value
     for replaced in [path for path in places if path[: len(keys)] == keys]:
         del places[replaced]
-    places[keys] = f"override {override}"
+    shown = f"{key}=..." if keys[-1].startswith("api_key") else override  # someone may have put a key there
+    places[keys] = f"override {shown}"
 
 
 def _describe(detail: Any, places: dict[KeyPath, str]) -> str:

@@ -49,5 +49,13 @@ class OverloadedError(ServingError):
     """So many requests wait already that this one was refused; it may be sent again later."""
 
 
+class ReplicaLostError(ServingError):
+    """The replica that computed the answer has ended; the request may be sent again."""
+
+
+class AnswerTimeoutError(ServingError):
+    """An answer took longer than `serve.request_timeout_seconds`."""
+
+
 class EvaluationError(LongAlignError):
     """An evaluation could not be carried out; never raised for a merely bad answer of the model."""

@@ -223,6 +223,16 @@ def serve(config: RunConfig, run_dir: RunDir) -> None:
     serve_forever(models, config.serve, chat_template=config.model.chat_template, dtype=config.model.dtype)
 
 
+def write_serve_config(config: RunConfig, run_dir: RunDir, file: Path) -> None:
+    """Writes the Serve config of the same models, for `serve deploy FILE` on a cluster that runs already."""
+    from longalign_ray.serve.deploy import deploy_config
+
+    models = served_models(config, run_dir)
+    text = deploy_config(models, config.serve, chat_template=config.model.chat_template, dtype=config.model.dtype)
+    file.write_text(text, encoding="utf-8")
+    logger.info("serve: wrote %s; start it with `serve deploy %s`", file, file)
+
+
 def evaluate(config: RunConfig, run_dir: RunDir) -> Manifest:
     """Benchmarks over HTTP, from `evaluate.endpoint` or an application started for the purpose."""
     from longalign_ray.evaluate.runner import evaluate as ask
@@ -231,7 +241,13 @@ def evaluate(config: RunConfig, run_dir: RunDir) -> Manifest:
     def work() -> Manifest:
         cases = _evaluation_cases(config, run_dir)  # first: what is missing is told before servers start
         if config.evaluate.endpoint is not None:
-            counts, dropped = ask(config.evaluate, run_dir, base_url=config.evaluate.endpoint, cases=cases)
+            counts, dropped = ask(
+                config.evaluate,
+                run_dir,
+                base_url=config.evaluate.endpoint,
+                cases=cases,
+                api_key=_first_key(config.evaluate.api_key),
+            )
         else:
             models = {
                 name: path for name, path in served_models(config, run_dir).items() if name in config.evaluate.models
@@ -240,10 +256,18 @@ def evaluate(config: RunConfig, run_dir: RunDir) -> Manifest:
             with running_app(
                 models, config.serve, chat_template=config.model.chat_template, dtype=config.model.dtype
             ) as base_url:
-                counts, dropped = ask(config.evaluate, run_dir, base_url=base_url, cases=cases)
+                counts, dropped = ask(
+                    config.evaluate, run_dir, base_url=base_url, cases=cases, api_key=_first_key(config.serve.api_keys)
+                )
         return _manifest(config, run_dir, "evaluate", [run_dir.model], [run_dir.scores], counts, dropped)
 
     return _stage(config, run_dir, "evaluate", work)
+
+
+def _first_key(place: str | None) -> str | None:
+    from longalign_ray.serve.api_keys import read_keys
+
+    return read_keys(place)[0] if place else None
 
 
 def _evaluation_cases(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:

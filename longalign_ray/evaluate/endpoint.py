@@ -40,6 +40,7 @@ class Endpoint:
         timeout_seconds: float,
         max_attempts: int,
         concurrency: int,
+        api_key: str | None = None,
         backoff_seconds: float = 0.5,
     ):
         self.base_url = base_url.rstrip("/")
@@ -50,6 +51,7 @@ class Endpoint:
         self._client = httpx.AsyncClient(
             timeout=httpx.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS, timeout_seconds), pool=None),
             limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
             trust_env=urlsplit(base_url).hostname not in ("127.0.0.1", "::1", "localhost"),  # no proxy to this machine
         )
 
@@ -71,6 +73,8 @@ class Endpoint:
             response = await self._client.get(url, timeout=min(60.0, self.timeout_seconds))
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise EvaluationError(f"{url} does not answer ({type(error).__name__}: {error}): {remedy}") from error
+        if response.status_code == 401:
+            raise EvaluationError(f"{url} answers 401: set evaluate.api_key to env:NAME or file:PATH, where a key is")
         if response.status_code != 200:
             raise EvaluationError(f"{url} answers {response.status_code} {response.text[:200]!r}: {remedy}")
         try:

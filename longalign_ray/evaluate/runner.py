@@ -41,7 +41,12 @@ class _Sheet:
 
 
 def evaluate(
-    config: EvaluateConfig, run_dir: RunDir, *, base_url: str, cases: Mapping[str, list[EvalCase]]
+    config: EvaluateConfig,
+    run_dir: RunDir,
+    *,
+    base_url: str,
+    cases: Mapping[str, list[EvalCase]],
+    api_key: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Counts and scores of every model, and the number of failed cases by reason.
 
@@ -50,17 +55,18 @@ def evaluate(
     `<model>_needle_exact`, `<model>_heldout_loss` (Eq. 2) and `<model>_heldout_token_loss`.
     Raises EvaluationError where the endpoint does not answer, lacks a model, or fails every case of a task.
     """
-    return asyncio.run(_evaluate(config, run_dir, base_url, cases))
+    return asyncio.run(_evaluate(config, run_dir, base_url, cases, api_key))
 
 
 async def _evaluate(
-    config: EvaluateConfig, run_dir: RunDir, base_url: str, cases: Mapping[str, list[EvalCase]]
+    config: EvaluateConfig, run_dir: RunDir, base_url: str, cases: Mapping[str, list[EvalCase]], api_key: str | None
 ) -> tuple[dict[str, Any], dict[str, int]]:
     async with Endpoint(
         base_url,
         timeout_seconds=config.request_timeout_seconds,
         max_attempts=config.max_attempts,
         concurrency=config.concurrency,
+        api_key=api_key,
     ) as endpoint:
         await endpoint.check_models(config.models)
         for stale in run_dir.scores.glob("*.json"):

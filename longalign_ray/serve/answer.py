@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 
 from longalign_ray.config import DataConfig
 from longalign_ray.data.template import encode_prompt, load_tokenizer
-from longalign_ray.serve.engine import FinishReason, GenerationEngine, PromptScore, Sampling, Token, TopTokens
-from longalign_ray.serve.schema import ApiError, CompletionLogprobs
+from longalign_ray.errors import AnswerTimeoutError, ServingError
+from longalign_ray.serve.engine import FinishReason, GenerationEngine, PromptScore, Sampling, Token
+from longalign_ray.serve.schema import ApiError
 from longalign_ray.serve.text import Detokenizer, StopStrings
+
+TIMED_OUT = "the answer took longer than serve.request_timeout_seconds; ask for fewer tokens, or raise the limit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +102,35 @@ class Piece:
     finish_reason: FinishReason | None
 
 
-async def answer(
-    model: ServedModel, token_ids: Sequence[int], sampling: Sampling, *, stop: Sequence[str] = ()
-) -> AsyncGenerator[Piece, None]:
-    """Pieces up to the end token, a stop string or the limit; closing the generator cancels the request."""
-    detokenizer, stop_strings = Detokenizer(model.tokenizer), StopStrings(stop)
-    async with aclosing(model.engine.submit(token_ids, sampling)) as events:
-        async for event in events:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One choice that a request asks for. `repeats` says that an earlier choice has the same prompt."""
+
+    index: int
+    prompt: str | list[int]
+    token_ids: list[int]
+    sampling: Sampling
+    stop: tuple[str, ...]
+    deadline: float
+    """In the event loop's time."""
+    repeats: bool = False
+
+
+async def answer(model: ServedModel, asked: Asked) -> AsyncGenerator[Piece, None]:
+    """Pieces up to the end token, a stop string or the limit; closing the generator cancels the request.
+
+    Raises AnswerTimeoutError at the deadline, and what the engine raises.
+    """
+    detokenizer, stop_strings = Detokenizer(model.tokenizer), StopStrings(asked.stop)
+    async with aclosing(model.engine.submit(asked.token_ids, asked.sampling)) as events:
+        while True:
+            try:
+                async with asyncio.timeout_at(asked.deadline):
+                    event = await anext(events)
+            except TimeoutError as error:
+                raise AnswerTimeoutError(TIMED_OUT) from error
+            except StopAsyncIteration as error:
+                raise ServingError("the engine ended before the answer was complete; ask again") from error
             text = stop_strings.push(detokenizer.push([token.token_id for token in event.tokens]))
             finish_reason = event.finish_reason
             if finish_reason is not None:
@@ -112,41 +138,42 @@ async def answer(
             if stop_strings.found:
                 finish_reason = "stop"
             yield Piece(text, event.tokens, event.num_generated, event.num_cached, finish_reason)
-            if stop_strings.found:
-                return  # which cancels the request; otherwise the engine's stream has ended by itself
+            if finish_reason is not None:
+                return  # which cancels the request, unless the engine has ended it
 
 
-def completion_logprobs(
-    model: ServedModel, *, prompt_ids: Sequence[int], prompt_score: PromptScore | None, tokens: Sequence[Token]
-) -> CompletionLogprobs:
-    """The legacy shape: the prompt's tokens, if they were scored, and then the generated ones."""
-    ids: list[int] = []
-    log_probs: list[float | None] = []
-    top: list[TopTokens | None] = []
-    if prompt_score is not None:
-        ids += prompt_ids
-        log_probs += [None, *prompt_score.log_probs]
-        top += [None, *prompt_score.top]
-    ids += [token.token_id for token in tokens]
-    log_probs += [token.log_prob for token in tokens]
-    top += [token.top for token in tokens]
-    texts = [model.token_text(token_id) for token_id in ids]
-    offsets = [0]
-    for text in texts:
-        offsets.append(offsets[-1] + len(text))
-    return CompletionLogprobs(
-        tokens=texts,
-        token_logprobs=log_probs,
-        top_logprobs=[_by_text(model, entry) for entry in top],
-        text_offset=offsets[:-1],
-    )
+async def score(model: ServedModel, asked: Asked) -> PromptScore:
+    """Log-probabilities of the prompt's tokens. Raises as `answer` does."""
+    try:
+        async with asyncio.timeout_at(asked.deadline):
+            return await model.engine.score(asked.token_ids, num_top=asked.sampling.num_top)
+    except TimeoutError as error:
+        raise AnswerTimeoutError(TIMED_OUT) from error
 
 
-def _by_text(model: ServedModel, top: TopTokens | None) -> dict[str, float] | None:
-    """Two tokens may have the same text, such as parts of a character; the likelier one keeps its place."""
-    if top is None:
-        return None
-    named: dict[str, float] = {}
-    for token_id, log_prob in top:
-        named.setdefault(model.token_text(token_id), log_prob)
-    return named
+async def merged(streams: Mapping[int, AsyncGenerator[Piece, None]]) -> AsyncGenerator[tuple[int, Piece], None]:
+    """(index, piece) of all streams as they come; the first failure, or closing this generator, closes all."""
+    if len(streams) == 1:  # as nearly always, and then without a task for every piece
+        ((index, stream),) = streams.items()
+        async with aclosing(stream):
+            async for piece in stream:
+                yield index, piece
+        return
+    waiting = {asyncio.ensure_future(anext(stream)): index for index, stream in streams.items()}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index = waiting.pop(task)
+                piece = task.result()
+                if piece.finish_reason is None:
+                    waiting[asyncio.ensure_future(anext(streams[index]))] = index
+                else:
+                    await streams[index].aclose()
+                yield index, piece
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for stream in streams.values():
+            await stream.aclose()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -15,9 +15,13 @@ from pydantic import BaseModel
 
 from longalign_ray.config import ServeConfig
 from longalign_ray.errors import ServingError
-from longalign_ray.serve.answer import Piece, ServedModel, answer, completion_logprobs
+from longalign_ray.serve.answer import Asked, Piece, ServedModel, answer, merged, score
 from longalign_ray.serve.api_errors import add_error_handlers
-from longalign_ray.serve.engine import Sampling, Token
+from longalign_ray.serve.ask import asked_by_chat, asked_by_completion, context_of
+from longalign_ray.serve.engine import Token
+from longalign_ray.serve.guard import Guard
+from longalign_ray.serve.logprobs import chat_logprobs, completion_logprobs
+from longalign_ray.serve.metrics import Metered, Metrics
 from longalign_ray.serve.schema import (
     AnswerMessage,
     ApiError,
@@ -27,31 +31,42 @@ from longalign_ray.serve.schema import (
     CompletionChoice,
     CompletionRequest,
     CompletionResponse,
-    GenerationRequest,
+    DetokenizeRequest,
+    DetokenizeResponse,
     ModelCard,
     ModelList,
-    UsageInfo,
+    TokenizeRequest,
+    TokenizeResponse,
 )
 from longalign_ray.serve.stream import chat_chunks, event_stream, text_chunks, usage_info
 
-DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 Health = Callable[[], Awaitable[Mapping[str, bool]]]
 
 
-def build_api(models: Mapping[str, ServedModel], config: ServeConfig, *, health: Health) -> FastAPI:
-    """The application. `health` says of each model whether it is ready to answer."""
+def build_api(
+    models: Mapping[str, ServedModel], config: ServeConfig, *, health: Health, key_digests: Sequence[bytes] = ()
+) -> FastAPI:
+    """The application. `health` says of each model whether it is ready; without digests no key is asked for."""
     api = FastAPI(title="longalign_ray", docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
     started = int(time.time())
+    metrics = Metrics()
     add_error_handlers(api)
 
     def card(model: ServedModel) -> ModelCard:
-        return ModelCard(id=model.name, created=started, max_model_len=_context(model, config))
+        return ModelCard(id=model.name, created=started, max_model_len=context_of(model, config))
+
+    def streams(model: ServedModel, asked: Sequence[Asked]) -> dict[int, Any]:
+        return {each.index: metrics.watched(model.name, each, answer(model, each)) for each in asked}
 
     @api.get("/health")
     async def get_health() -> Response:
         ready = dict(await health())
         complete = all(ready.get(name, False) for name in models)
         return JSONResponse({"status": "ok" if complete else "starting", "models": ready}, 200 if complete else 503)
+
+    @api.get("/metrics")
+    async def get_metrics() -> Response:
+        return await metrics.response({name: model.engine for name, model in models.items()})
 
     @api.get("/v1/models")
     async def list_models() -> ModelList:
@@ -61,86 +76,84 @@ def build_api(models: Mapping[str, ServedModel], config: ServeConfig, *, health:
     async def get_model(name: str) -> ModelCard:
         return card(_find(models, name))
 
+    @api.post("/v1/tokenize")
+    async def tokenize(request: TokenizeRequest) -> TokenizeResponse:
+        model = _find(models, request.model)
+        if request.messages is not None:
+            token_ids = await asyncio.to_thread(model.encode_chat, [each.as_dict() for each in request.messages])
+        else:
+            token_ids = await asyncio.to_thread(model.encode_text, request.prompt or "")
+        return TokenizeResponse(tokens=token_ids, count=len(token_ids), max_model_len=context_of(model, config))
+
+    @api.post("/v1/detokenize")
+    async def detokenize(request: DetokenizeRequest) -> DetokenizeResponse:
+        model = _find(models, request.model)
+        token_ids = model.encode_text(request.tokens)
+        return DetokenizeResponse(prompt=await asyncio.to_thread(model.tokenizer.decode, token_ids))
+
     @api.post("/v1/chat/completions")
     async def chat(request: ChatRequest) -> Response:
         model = _find(models, request.model)
-        messages = [message.as_dict() for message in request.messages]
-        token_ids = await asyncio.to_thread(model.encode_chat, messages)
-        sampling = _sampling(model, request, len(token_ids), request.wanted_tokens, config, param="messages")
-        pieces = answer(model, token_ids, sampling, stop=request.stop_strings)
-        answer_id, created = _answer_id("chatcmpl"), int(time.time())
+        asked = await asked_by_chat(model, request, config)
+        named: dict[str, Any] = {"id": _answer_id("chatcmpl"), "created": int(time.time()), "model": request.model}
         if request.stream:
-            chunks = chat_chunks(request, pieces, answer_id=answer_id, created=created, num_prompt=len(token_ids))
-            return await event_stream(chunks)
-        text, last, _ = await _collect(pieces)
-        assert last.finish_reason is not None
-        choice = ChatChoice(message=AnswerMessage(content=text), finish_reason=last.finish_reason)
-        usage = usage_info(len(token_ids), last)
-        made = ChatResponse(id=answer_id, created=created, model=request.model, choices=[choice], usage=usage)
-        return _json(made)
+            return await event_stream(chat_chunks(model, request, asked, merged(streams(model, asked)), named=named))
+        made = await _all([_collect(stream) for stream in streams(model, asked).values()])
+        choices = [
+            ChatChoice(
+                index=index,
+                message=AnswerMessage(content=text),
+                logprobs=chat_logprobs(model, tokens) if request.logprobs else None,
+                finish_reason=last.finish_reason,
+            )
+            for index, (text, last, tokens) in enumerate(made)
+        ]
+        return _json(ChatResponse(**named, choices=choices, usage=usage_info(asked, [last for _, last, _ in made])))
 
     @api.post("/v1/completions")
     async def completions(request: CompletionRequest) -> Response:
         model = _find(models, request.model)
-        encoded = [await asyncio.to_thread(model.encode_text, prompt) for prompt in request.prompts]
-        wanted = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
-        samplings = [_sampling(model, request, len(ids), wanted, config, param="prompt") for ids in encoded]
-        answer_id, created = _answer_id("cmpl"), int(time.time())
+        asked = await asked_by_completion(model, request, config)
+        named: dict[str, Any] = {"id": _answer_id("cmpl"), "created": int(time.time()), "model": request.model}
         if request.stream:
-            pieces = answer(model, encoded[0], samplings[0], stop=request.stop_strings)
-            chunks = text_chunks(request, pieces, answer_id=answer_id, created=created, num_prompt=len(encoded[0]))
-            return await event_stream(chunks)
-        made = await _all(
-            [
-                _complete(model, request, prompt, ids, sampling, index)
-                for index, (prompt, ids, sampling) in enumerate(zip(request.prompts, encoded, samplings, strict=True))
-            ]
-        )
-        choices, usages = [choice for choice, _ in made], [usage for _, usage in made]
-        usage = UsageInfo(
-            prompt_tokens=sum(usage.prompt_tokens for usage in usages),
-            completion_tokens=sum(usage.completion_tokens for usage in usages),
-            total_tokens=sum(usage.total_tokens for usage in usages),
-        )
-        return _json(
-            CompletionResponse(id=answer_id, created=created, model=request.model, choices=choices, usage=usage)
-        )
+            return await event_stream(text_chunks(model, request, asked, merged(streams(model, asked)), named=named))
+        of_choice = streams(model, asked)
+        made = await _all([_complete(model, request, each, of_choice[each.index]) for each in asked])
+        usage = usage_info(asked, [last for _, last in made])
+        return _json(CompletionResponse(**named, choices=[choice for choice, _ in made], usage=usage))
 
+    paths = frozenset(str(getattr(route, "path", "")) for route in api.routes)
+    api.add_middleware(Guard, key_digests=key_digests, max_body_bytes=config.max_body_bytes)
+    api.add_middleware(Metered, metrics=metrics, paths=paths)  # outside, as it counts what the guard refuses too
     return api
 
 
 async def _complete(
-    model: ServedModel,
-    request: CompletionRequest,
-    prompt: str | list[int],
-    token_ids: list[int],
-    sampling: Sampling,
-    index: int,
-) -> tuple[CompletionChoice, UsageInfo]:
+    model: ServedModel, request: CompletionRequest, asked: Asked, stream: Any
+) -> tuple[CompletionChoice, Piece]:
     """One choice of /v1/completions: scores the prompt where it is echoed with log-probabilities, then generates."""
     text, tokens = "", []
     last = Piece("", (), 0, 0, "length")
     wants_logprobs = request.logprobs is not None
-    prompt_score = None
-    if request.echo and wants_logprobs:
-        prompt_score = await model.engine.score(token_ids, num_top=sampling.num_top)
-    if sampling.max_tokens > 0:
-        text, last, tokens = await _collect(answer(model, token_ids, sampling, stop=request.stop_strings))
+    prompt_score = await score(model, asked) if request.echo and wants_logprobs else None
+    if asked.sampling.max_tokens > 0:
+        text, last, tokens = await _collect(stream)
     if request.echo:
-        text = (prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)) + text
+        text = (asked.prompt if isinstance(asked.prompt, str) else model.tokenizer.decode(asked.prompt)) + text
     logprobs = None
     if wants_logprobs:
-        logprobs = completion_logprobs(model, prompt_ids=token_ids, prompt_score=prompt_score, tokens=tokens)
-    choice = CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=last.finish_reason)
-    return choice, usage_info(len(token_ids), last)
+        logprobs = completion_logprobs(model, tokens, prompt_ids=asked.token_ids, prompt_score=prompt_score)
+    return CompletionChoice(index=asked.index, text=text, logprobs=logprobs, finish_reason=last.finish_reason), last
 
 
 def _json(made: BaseModel) -> Response:
     return Response(made.model_dump_json(), media_type="application/json")
 
 
-async def _all(calls: Sequence[Any]) -> list[Any]:
+async def _all(calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
     """Results of concurrent calls; the first failure cancels the rest."""
+    if len(calls) == 1:
+        return [await calls[0]]
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)
@@ -158,56 +171,11 @@ def _find(models: Mapping[str, ServedModel], name: str) -> ServedModel:
     return models[name]
 
 
-def _context(model: ServedModel, config: ServeConfig) -> int:
-    return min(model.context_length, config.max_prompt_tokens + config.max_output_tokens)
-
-
-def _sampling(
-    model: ServedModel,
-    request: GenerationRequest,
-    num_prompt: int,
-    wanted: int | None,
-    config: ServeConfig,
-    *,
-    param: str,
-) -> Sampling:
-    """What the engine is asked for. Raises ApiError where prompt or answer are longer than the limits."""
-    if num_prompt == 0:
-        raise ApiError(400, "the prompt has no tokens; send at least one", param=param)
-    if num_prompt > config.max_prompt_tokens:
-        raise ApiError(
-            400,
-            f"the prompt has {num_prompt} tokens and serve.max_prompt_tokens is {config.max_prompt_tokens}; shorten it",
-            param=param,
-            code="context_length_exceeded",
-        )
-    if wanted is not None and wanted > config.max_output_tokens:
-        limit = config.max_output_tokens
-        raise ApiError(400, f"max_tokens = {wanted} is above serve.max_output_tokens = {limit}", param="max_tokens")
-    room = model.context_length - num_prompt
-    if room < (1 if wanted is None else wanted):
-        raise ApiError(
-            400,
-            f"the prompt has {num_prompt} tokens and the answer may have {1 if wanted is None else wanted}, but "
-            f"{model.name} has a context of {model.context_length} tokens; shorten the prompt or lower max_tokens",
-            param=param,
-            code="context_length_exceeded",
-        )
-    return Sampling(
-        max_tokens=min(config.max_output_tokens, room) if wanted is None else wanted,
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        seed=request.seed,
-        stop_token_ids=model.stop_token_ids,
-        num_top=(request.logprobs or 0) if isinstance(request, CompletionRequest) else 0,
-    )
-
-
 def _answer_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-async def _collect(pieces: AsyncGenerator[Piece, None]) -> tuple[str, Piece, list[Token]]:
+async def _collect(pieces: Any) -> tuple[str, Piece, list[Token]]:
     """The whole text, the last piece and all tokens."""
     texts: list[str] = []
     tokens: list[Token] = []

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from longalign_ray.errors import OverloadedError, ServingError
+from longalign_ray.errors import AnswerTimeoutError, OverloadedError, ReplicaLostError, ServingError
 from longalign_ray.serve.schema import ApiError, ChatMessage, ChatRequest, CompletionRequest, StreamOptions
 
 logger = logging.getLogger(__name__)
@@ -31,30 +31,38 @@ def add_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> JSONResponse:
-        return _response(error)
+        return error_response(error)
 
     @api.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return _response(validation_error(error.errors()))
+        return error_response(validation_error(error.errors()))
 
     @api.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return _response(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
-
-    @api.exception_handler(OverloadedError)
-    async def overloaded(_: Request, error: OverloadedError) -> JSONResponse:
-        return _response(
-            ApiError(429, str(error), code="overloaded"), headers={"Retry-After": str(RETRY_AFTER_SECONDS)}
-        )
+        return error_response(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
 
     @api.exception_handler(ServingError)
     async def engine_failed(_: Request, error: ServingError) -> JSONResponse:
-        logger.error("%s", error)
-        return _response(ApiError(500, str(error), code="engine_failed"))
+        return error_response(serving_error(error))
 
     @api.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:  # the server logs the traceback
-        return _response(ApiError(500, f"unexpected {type(error).__name__}; see the server's log", code="unexpected"))
+        return error_response(
+            ApiError(500, f"unexpected {type(error).__name__}; see the server's log", code="unexpected")
+        )
+
+
+def serving_error(error: ServingError) -> ApiError:
+    """What an engine's failure is on the wire; those that a client should send again say when."""
+    again = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+    if isinstance(error, OverloadedError):
+        return ApiError(429, str(error), code="overloaded", headers=again)
+    logger.error("%s", error)
+    if isinstance(error, ReplicaLostError):
+        return ApiError(503, str(error), code="replica_lost", headers=again)
+    if isinstance(error, AnswerTimeoutError):
+        return ApiError(504, str(error), code="timeout")
+    return ApiError(500, str(error), code="engine_failed")
 
 
 def validation_error(problems: Sequence[Any]) -> ApiError:
@@ -77,5 +85,5 @@ def _path(loc: Sequence[str | int]) -> str:
     return ".".join(str(part) for part in loc[1:] if isinstance(part, int) or part in FIELDS)
 
 
-def _response(error: ApiError, *, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, headers=headers)
+def error_response(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, headers=error.headers)

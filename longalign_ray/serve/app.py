@@ -11,108 +11,30 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from longalign_ray.config import ServeConfig
 from longalign_ray.data.template import absolute_template
-from longalign_ray.errors import OverloadedError, ServingError
-from longalign_ray.serve.engine import EngineStats, GenerationEvent, PromptScore, Sampling
+from longalign_ray.errors import ServingError
+from longalign_ray.serve.api_keys import digests, read_keys
+from longalign_ray.serve.remote_engine import RemoteEngine
+from longalign_ray.serve.replica import EngineReplica
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "longalign"
 INGRESS_NAME = "openai-api"
 POLL_SECONDS = 0.5
+LOOK_BACK_SECONDS = 15.0  # Serve reports the load every 10 s and wants to look back longer than that
+UPSCALE_SECONDS = 10.0
+LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
-
-
-class EngineReplica:
-    """One copy of a model. Serve replaces it when `check_health` raises."""
-
-    def __init__(self, model_dir: str, config: ServeConfig, *, dtype: str):
-        from transformers.utils.logging import disable_progress_bar
-
-        from longalign_ray.precision import resolve_dtype
-        from longalign_ray.serve.transformers_engine import TransformersEngine
-
-        disable_progress_bar()
-        self._engine = TransformersEngine(
-            model_dir,
-            dtype=resolve_dtype(dtype, use_gpu=config.use_gpu),
-            prefill_chunk=config.prefill_chunk,
-            max_sequences=config.max_sequences,
-            prefix_cache_bytes=int(config.prefix_cache_gb * 1e9),
-            device="cuda" if config.use_gpu else "cpu",
-            num_threads=config.cpus_per_replica,
-        )
-
-    async def submit(self, token_ids: list[int], sampling: Sampling) -> AsyncGenerator[GenerationEvent, None]:
-        events = self._engine.submit(token_ids, sampling)
-        try:
-            async for event in events:
-                yield event
-        finally:
-            await events.aclose()
-
-    async def score(self, token_ids: list[int], num_top: int) -> PromptScore:
-        return await self._engine.score(token_ids, num_top=num_top)
-
-    async def stats(self) -> EngineStats:
-        return await self._engine.stats()
-
-    def check_health(self) -> None:
-        if not self._engine.is_alive:
-            raise ServingError("the thread that owns the model has ended")
-
-
-class RemoteEngine:
-    """A GenerationEngine that passes calls on to the replicas of a deployment; Serve chooses the replica."""
-
-    def __init__(self, name: str, handle: DeploymentHandle):
-        self._name = name
-        self._handle = handle
-
-    async def submit(self, token_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[GenerationEvent, None]:
-        events: Any = self._handle.options(stream=True).submit.remote(list(token_ids), sampling)
-        try:
-            async for event in events:
-                yield event
-        except (RayError, RayServeException) as error:
-            raise self._named(error) from error
-        except (GeneratorExit, asyncio.CancelledError):  # the client has left
-            events.cancel()
-            raise
-
-    async def score(self, token_ids: Sequence[int], *, num_top: int = 0) -> PromptScore:
-        return await self._call(self._handle.score.remote(list(token_ids), num_top))
-
-    async def stats(self) -> EngineStats:
-        return await self._call(self._handle.stats.remote())
-
-    async def _call(self, response: Any) -> Any:
-        try:
-            return await response
-        except (RayError, RayServeException) as error:
-            raise self._named(error) from error
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-
-    def _named(self, error: Exception) -> ServingError:
-        """Ray's error as one of ours: what failed and what to do, without its stack trace."""
-        if isinstance(error, BackPressureError):
-            return OverloadedError(f"{self._name}: {error.args[0]} requests wait already; send this one again later")
-        if isinstance(error, RayTaskError):
-            return ServingError(f"{self._name}: {error.cause}")
-        return ServingError(f"{self._name}: the replica was lost ({type(error).__name__}); send the request again")
 
 
 @serve.ingress()
@@ -126,15 +48,21 @@ class Ingress:
         config: ServeConfig,
         *,
         chat_template: str | None,
+        key_digests: tuple[bytes, ...],
     ):
         from longalign_ray.serve.answer import served_model
         from longalign_ray.serve.api import build_api
 
         models = {
-            name: served_model(name, RemoteEngine(name, handle), Path(model_dirs[name]), chat_template=chat_template)
+            name: served_model(
+                name,
+                RemoteEngine(name, handle, affinity_tokens=config.affinity_tokens),
+                Path(model_dirs[name]),
+                chat_template=chat_template,
+            )
             for name, handle in engines.items()
         }
-        self._api = build_api(models, config, health=lambda: _ready(list(models)))
+        self._api = build_api(models, config, health=lambda: _ready(list(models)), key_digests=key_digests)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._api
@@ -154,30 +82,62 @@ def build_application(
 ) -> serve.Application:
     """The Serve application; nothing is started."""
     model_dirs = {name: str(Path(path).resolve()) for name, path in models.items()}
-    actor_options: dict[str, Any] = {"num_cpus": config.cpus_per_replica, "num_gpus": int(config.use_gpu)}
+    keys = () if config.api_keys is None else digests(read_keys(config.api_keys))
+    actor_options: dict[str, Any] = {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica}
+    ending: dict[str, Any] = {
+        "graceful_shutdown_timeout_s": config.drain_seconds,
+        "graceful_shutdown_wait_loop_s": POLL_SECONDS,
+        "max_constructor_retry_count": 1,  # a model that does not load will not load the second time either
+    }
     engines = {
         name: serve.deployment(
             EngineReplica,
             name=name,
-            num_replicas=config.num_replicas,
             ray_actor_options=actor_options,
             max_ongoing_requests=config.max_ongoing_requests,
             max_queued_requests=config.max_queued_requests,
-            max_constructor_retry_count=1,  # a model that does not load will not load the second time either
-            graceful_shutdown_timeout_s=5,
+            **_replicas(config),
+            **_routing(config),
+            **ending,
         ).bind(model_dir, config, dtype=dtype)
         for name, model_dir in model_dirs.items()
     }
-    accepted = config.num_replicas * config.max_ongoing_requests + config.max_queued_requests
+    accepted = config.max_replicas * config.max_ongoing_requests + config.max_queued_requests
     template = absolute_template(chat_template)
     return serve.deployment(
         Ingress,
         name=INGRESS_NAME,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=2 * len(models) * accepted + 64,  # the models' queues refuse, not this one
-        max_constructor_retry_count=1,
-        graceful_shutdown_timeout_s=5,
-    ).bind(engines, model_dirs, config, chat_template=template)
+        **ending,
+    ).bind(engines, model_dirs, config, chat_template=template, key_digests=keys)
+
+
+def _replicas(config: ServeConfig) -> dict[str, Any]:
+    if isinstance(config.num_replicas, int):
+        return {"num_replicas": config.num_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": config.min_replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": config.target_ongoing_requests,
+            "upscale_delay_s": UPSCALE_SECONDS,
+            "downscale_delay_s": config.idle_seconds,
+            "look_back_period_s": LOOK_BACK_SECONDS,
+        }
+    }
+
+
+def _routing(config: ServeConfig) -> dict[str, Any]:
+    """By default Serve takes the less busy of two replicas; here, the one that a hash of the prompt names."""
+    if not config.affinity_tokens:
+        return {}
+    return {
+        "request_router_config": {
+            "request_router_class": "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter",
+            "request_router_kwargs": {"num_fallback_replicas": config.max_replicas - 1},
+        }
+    }
 
 
 @contextmanager
@@ -186,8 +146,8 @@ def running_app(
 ) -> Iterator[str]:
     """Base URL (`http://127.0.0.1:PORT/v1`) of an application that answers; it is shut down on leaving.
 
-    Ray is initialised by the caller. Raises ServingError where the port is taken, a model does not load, or the
-    replicas are not ready in `start_timeout_seconds`.
+    Ray is initialised by the caller. Raises ServingError where the port is taken, keys are missing, a model does not
+    load, or the replicas are not ready in `start_timeout_seconds`.
     """
     _check_port(config.host, config.port)
     if serve.status().proxies:
@@ -196,6 +156,8 @@ def running_app(
             "or evaluate against it with evaluate.endpoint=URL"
         )
     application = build_application(models, config, chat_template=chat_template, dtype=dtype)
+    if config.host not in LOCAL_HOSTS and config.api_keys is None:
+        logger.warning("serve.host = %s is open to other machines and asks for no key: set serve.api_keys", config.host)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(
@@ -206,10 +168,24 @@ def running_app(
         host = "127.0.0.1" if config.host in ("0.0.0.0", "::", "") else config.host
         root = f"http://{host}:{config.port}"
         _wait_until_ready(root, timeout_seconds=config.start_timeout_seconds)
-        yield f"{root}/v1"
+        try:
+            yield f"{root}/v1"
+        finally:
+            _drain(config.drain_seconds)
     finally:
         with redirect_stdout(io.StringIO()):  # Ray reports the controller's intended end there as a failed task
             serve.shutdown()
+
+
+def _drain(seconds: float) -> None:
+    """Returns when the requests that are under way have ended, or time is up; new ones are refused meanwhile.
+
+    `serve.shutdown` would end the proxy, and with it every connection, at once.
+    """
+    deadline = time.monotonic() + seconds + 2 * POLL_SECONDS
+    serve.delete(APP_NAME, _blocking=False)
+    while APP_NAME in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS / 2)
 
 
 def serve_forever(models: Mapping[str, Path], config: ServeConfig, *, chat_template: str | None, dtype: str) -> None:
@@ -220,7 +196,8 @@ def serve_forever(models: Mapping[str, Path], config: ServeConfig, *, chat_templ
         with running_app(models, config, chat_template=chat_template, dtype=dtype) as base_url:
             body = json.dumps({"model": list(models)[-1], "messages": [{"role": "user", "content": "Hello!"}]})
             logger.info("serving %s at %s; Ctrl-C ends it. Try:", ", ".join(models), base_url)
-            logger.info("curl %s/chat/completions -H 'Content-Type: application/json' -d '%s'", base_url, body)
+            key = "" if config.api_keys is None else "-H 'Authorization: Bearer KEY' "
+            logger.info("curl %s/chat/completions %s-H 'Content-Type: application/json' -d '%s'", base_url, key, body)
             while not stopped.wait(POLL_SECONDS):
                 pass
     except KeyboardInterrupt:

@@ -24,9 +24,9 @@ MaxTokens = Annotated[int, Field(ge=0)]
 StopString = Annotated[Text, Field(min_length=1, max_length=256)]
 FinishReason = Literal["stop", "length"]
 
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 MAX_STOP_STRINGS = 16
 MAX_TOP_LOGPROBS = 20
-MAX_PROMPTS = 128
 
 
 class GenerationRequest(BaseModel):
@@ -40,13 +40,13 @@ class GenerationRequest(BaseModel):
     top_p: TopP | None = None
     """None: 1. The smallest set of tokens with at least this probability is drawn from."""
     seed: Seed | None = None
-    """Same seed, same request, same tokens; none: a new draw every time."""
+    """Same seed, same request, same tokens; None: a new draw every time."""
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
     """The text ends before the first of these."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=1)] | None = None
-    """Only one choice for a prompt."""
+    n: Annotated[int, Field(ge=1)] | None = None
+    """Choices for a prompt, None: 1. With a seed, choice k is drawn with seed + k."""
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -89,12 +89,24 @@ class ChatRequest(GenerationRequest):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """The newer name of `max_tokens`, and stronger."""
-    logprobs: Literal[False] | None = None
-    """Log-probabilities are given by /v1/completions alone."""
+    logprobs: bool | None = None
+    """Log-probability of every token of the answer."""
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """With `logprobs`, also of this many of the likeliest tokens in its place."""
 
     @property
     def wanted_tokens(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def num_top(self) -> int:
+        return self.top_logprobs or 0
+
+    @model_validator(mode="after")
+    def _rules(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs; set logprobs=true")
+        return self
 
 
 class CompletionRequest(GenerationRequest):
@@ -109,6 +121,14 @@ class CompletionRequest(GenerationRequest):
     """Log-probability of every token, and of this many of the likeliest tokens in its place."""
 
     @property
+    def wanted_tokens(self) -> int:
+        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def num_top(self) -> int:
+        return self.logprobs or 0
+
+    @property
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
             return [self.prompt]
@@ -118,15 +138,44 @@ class CompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _rules(self) -> CompletionRequest:
-        if not 1 <= len(self.prompts) <= MAX_PROMPTS:
-            raise ValueError(f"prompt holds {len(self.prompts)} prompts; send 1 to {MAX_PROMPTS}")
-        if self.stream and len(self.prompts) > 1:
-            raise ValueError("stream takes one prompt; send one request a prompt, or stream=false")
-        if self.stream and (self.echo or self.logprobs is not None):
-            raise ValueError("stream gives neither echo nor logprobs; set stream=false")
+        if not self.prompts:
+            raise ValueError("prompt holds 0 prompts; send at least one")
+        if self.stream and self.echo:
+            raise ValueError("stream gives no echo; set stream=false")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens is 0, which yields nothing without echo; set echo=true or max_tokens >= 1")
         return self
+
+
+class TokenizeRequest(BaseModel):
+    """Body of POST /v1/tokenize: text as /v1/completions takes it, or messages as /v1/chat/completions does."""
+
+    model: str
+    prompt: Text | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _rules(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class TokenizeResponse(BaseModel):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class DetokenizeRequest(BaseModel):
+    """Body of POST /v1/detokenize."""
+
+    model: str
+    tokens: list[TokenId]
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str
 
 
 class PromptTokensDetails(BaseModel):
@@ -147,10 +196,28 @@ class AnswerMessage(BaseModel):
     content: str
 
 
+class TokenLogprob(BaseModel):
+    """`bytes`: those of the text in UTF-8; None for a token that is part of a character, whose text is no text."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TopLogprob(TokenLogprob):
+    """A generated token, and the likeliest ones in its place."""
+
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TopLogprob]
+
+
 class ChatChoice(BaseModel):
-    index: int = 0
+    index: int
     message: AnswerMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason
 
 
@@ -175,8 +242,9 @@ class Delta(BaseModel):
 
 
 class ChatChunkChoice(BaseModel):
-    index: int = 0
+    index: int
     delta: Delta
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
 
 
@@ -231,8 +299,11 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+
+
 class ErrorInfo(BaseModel):
-    """`type`: invalid_request_error, rate_limit_error or server_error; `param`: the field at fault."""
+    """`type`: invalid_request_error, one of KINDS, or server_error; `param`: the field at fault."""
 
     message: str
     type: str
@@ -247,16 +318,23 @@ class ErrorResponse(BaseModel):
 class ApiError(Exception):
     """A refused request: the HTTP status and what goes into its `error` object."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
+        self.headers = headers
 
     def body(self) -> dict[str, Any]:
         """`{"error": {...}}`, as OpenAI clients read it."""
-        kind = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}.get(
-            self.status, "invalid_request_error"
-        )
+        kind = "server_error" if self.status >= 500 else KINDS.get(self.status, "invalid_request_error")
         info = ErrorInfo(message=str(self), type=kind, param=self.param, code=self.code)
         return ErrorResponse(error=info).model_dump()

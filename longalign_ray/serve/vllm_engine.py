@@ -20,6 +20,8 @@ class VllmEngine:
 
     Tokens go in and out: vLLM loads no tokenizer. `engine_args` go to vLLM as they are. Raises ServingError where vLLM
     is not installed, ModelError where it cannot load the model.
+
+    max_tokens: of a prompt and its answer; no more than the model's window are offered.
     """
 
     def __init__(
@@ -27,7 +29,7 @@ class VllmEngine:
         model_dir: str | Path,
         *,
         dtype: str,
-        context: int,
+        max_tokens: int,
         prefill_chunk: int = 2_048,
         max_sequences: int = 8,
         tensor_parallel: int = 1,
@@ -40,11 +42,15 @@ class VllmEngine:
                 f"serve.engine = vllm needs vLLM, which cannot be imported ({error}): install the extra `vllm`, or set "
                 "serve.engine=transformers"
             ) from error
+        try:
+            window = context_of(model_dir)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{model_dir} cannot be loaded by vLLM for serving: {error}") from error
         settings: dict[str, Any] = {
             "model": str(model_dir),
             "skip_tokenizer_init": True,
             "dtype": dtype,
-            "max_model_len": context,
+            "max_model_len": min(max_tokens, window or max_tokens),
             "max_num_seqs": max_sequences,
             "max_num_batched_tokens": max(prefill_chunk, max_sequences),
             "enable_chunked_prefill": True,
@@ -78,11 +84,11 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        num_generated = 0
+        num_generated = num_cached = 0
         async with aclosing(self._outputs(token_ids, asked)) as outputs:
             async for output in outputs:
                 made = output.outputs[0]
-                num_generated += len(made.token_ids)
+                num_generated, num_cached = num_generated + len(made.token_ids), output.num_cached_tokens or 0
                 tokens = [
                     _token(token_id, places, sampling.num_top)
                     for token_id, places in zip(made.token_ids, made.logprobs, strict=True)
@@ -94,10 +100,11 @@ class VllmEngine:
                     tokens=tuple(tokens),
                     num_generated=num_generated,
                     finish_reason=made.finish_reason,
-                    num_cached=output.num_cached_tokens or 0,
+                    num_cached=num_cached,
                 )
         self._counts["prompt_tokens"] += len(token_ids)
         self._counts["generated_tokens"] += num_generated
+        self._counts["cached_tokens"] += num_cached
 
     async def score(self, token_ids: Sequence[int], *, num_top: int = 0) -> PromptScore:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
@@ -137,7 +144,7 @@ class VllmEngine:
 
     async def stats(self) -> EngineStats:
         """What vLLM holds back for want of room is among the active ones."""
-        totals = ("finished", "cancelled", "failed", "prompt_tokens", "generated_tokens")
+        totals = ("finished", "cancelled", "failed", "prompt_tokens", "generated_tokens", "cached_tokens")
         return EngineStats(active=self._counts["active"], waiting=0, **{name: self._counts[name] for name in totals})
 
     @property
@@ -150,6 +157,14 @@ class VllmEngine:
         self._engine.shutdown()
 
 
+def context_of(model_dir: str | Path) -> int | None:
+    """Tokens that the model's config allows in all, if it says so."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
 def end_token_ids(model_dir: str | Path) -> frozenset[int]:
     """Tokens at which the model's own generation config, else its config, ends a text."""
     from transformers import AutoConfig, GenerationConfig
@@ -157,7 +172,7 @@ def end_token_ids(model_dir: str | Path) -> frozenset[int]:
     try:
         ids = GenerationConfig.from_pretrained(str(model_dir)).eos_token_id
     except OSError:
-        ids = AutoConfig.from_pretrained(str(model_dir)).eos_token_id
+        ids = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False).eos_token_id
     if ids is None:
         return frozenset()
     return frozenset(ids if isinstance(ids, list) else [ids])

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from tests.tiny_model import write_tiny_model
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 MESSAGES: Any = [{"role": "user", "content": "What is long context?"}]
+KEY = "a-key-of-the-tests-01"
 NEEDLES = NeedleConfig(lengths=(400, 900), depths=(0, 50), max_new_tokens=4)
 ENDLESS: dict[str, Any] = {"temperature": 0, "max_tokens": 3_000}  # the tiny model repeats itself and never ends
 
@@ -53,11 +55,19 @@ def models(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 @pytest.fixture(scope="module")
-def base_url(models: dict[str, Path], local_ray: None) -> Iterator[str]:
+def base_url(models: dict[str, Path], local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from longalign_ray.serve.app import running_app
 
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(KEY)
     config = ServeConfig(
-        port=free_port(), max_ongoing_requests=2, max_queued_requests=8, max_sequences=2, max_prompt_tokens=1_000
+        port=free_port(),
+        api_keys=f"file:{keys}",
+        max_ongoing_requests=2,
+        max_queued_requests=8,
+        max_sequences=2,
+        max_prompt_tokens=1_000,
+        affinity_tokens=8,
     )
     with running_app(models, config, chat_template=None, dtype="float32") as url:
         yield url
@@ -65,7 +75,7 @@ def base_url(models: dict[str, Path], local_ray: None) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def client(base_url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=base_url, api_key="unused", max_retries=0, timeout=120) as client:
+    with openai.OpenAI(base_url=base_url, api_key=KEY, max_retries=0, timeout=120) as client:
         yield client
 
 
@@ -128,7 +138,7 @@ def test_concurrent_requests_all_get_their_own_answer(base_url):
     """Eight at a time, as many as the queue holds beside the two that are computed."""
 
     async def ask_all() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as client:
+        async with openai.AsyncOpenAI(base_url=base_url, api_key=KEY, max_retries=0) as client:
             answers = await asyncio.gather(
                 *(
                     client.completions.create(model="aligned", prompt=f"{number} ", max_tokens=2, echo=True)
@@ -149,10 +159,12 @@ def test_refusals_come_in_openai_shape(client, base_url):
         client.completions.create(model="base", prompt="x" * 1_001)
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.chat.completions.create(model="base", messages=MESSAGES, temperature=-1)
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
     broken = httpx.post(f"{base_url}/chat/completions", content='{"model": ', headers=headers)
     assert broken.status_code == 400
     assert "not valid JSON" in broken.json()["error"]["message"]
+    with pytest.raises(openai.AuthenticationError, match="no valid API key"):
+        client.with_options(api_key="another").models.list()
 
 
 def test_leaving_clients_free_the_replica(client):
@@ -169,7 +181,7 @@ def test_overload_is_429_with_retry_after(base_url):
     """2 computed + 8 waiting: of 30 endless requests at once some are refused, in the client's own error type."""
 
     async def flood() -> list[Any]:
-        async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as client:
+        async with openai.AsyncOpenAI(base_url=base_url, api_key=KEY, max_retries=0) as client:
             asked = [
                 asyncio.ensure_future(client.chat.completions.create(model="base", messages=MESSAGES, **ENDLESS))
                 for _ in range(30)
@@ -254,7 +266,7 @@ def test_evaluate_against_the_served_models(models: dict[str, Path], base_url: s
     run_dir = RunDir(tmp_path)
     haystack = default_haystack(0, min_chars=20_000)
     inputs = TaskInputs(examples, haystack, tokenizer, seed=0)
-    arguments: dict[str, Any] = {"base_url": base_url, "cases": task_cases(config, inputs)}
+    arguments: dict[str, Any] = {"base_url": base_url, "cases": task_cases(config, inputs), "api_key": KEY}
     counts, failed = evaluate(config, run_dir, **arguments)
     assert failed == {}
     assert (counts["cases"], counts["answered"]) == (18, 18)
@@ -283,5 +295,51 @@ def test_the_server_counts_the_prompt_as_the_grid_does(models: dict[str, Path], 
     haystack = default_haystack(0, min_chars=20_000)
     for case in needle_cases(NEEDLES, haystack=haystack, tokenizer=tokenizer, seed=0):
         body = {"model": "base", **case.request}
-        answer = httpx.post(base_url + case.path, json=body, timeout=60, trust_env=False).json()
+        headers = {"Authorization": f"Bearer {KEY}"}
+        answer = httpx.post(base_url + case.path, json=body, headers=headers, timeout=60, trust_env=False).json()
         assert answer["usage"]["prompt_tokens"] == case.num_tokens <= case.attributes["length"]
+
+
+def test_two_hundred_requests_are_answered_or_refused(base_url: str):
+    """32 at a time against 2 computed + 8 waiting; none is lost, and those refused may be sent again."""
+
+    async def ask_all() -> list[str]:
+        limit = asyncio.Semaphore(32)
+
+        async def ask(client: openai.AsyncOpenAI, number: int) -> str:
+            async with limit:
+                try:
+                    made = await client.completions.create(
+                        model="aligned", prompt=f"{number} ", max_tokens=2, echo=True, n=1 + number % 2
+                    )
+                except openai.RateLimitError:
+                    return "refused"
+            assert all(choice.text.startswith(f"{number} ") for choice in made.choices)
+            return f"{len(made.choices) - number % 2} choice"
+
+        async with openai.AsyncOpenAI(base_url=base_url, api_key=KEY, max_retries=0, timeout=120) as client:
+            return await asyncio.gather(*(ask(client, number) for number in range(200)))
+
+    outcomes = Counter(asyncio.run(ask_all()))
+    assert set(outcomes) <= {"1 choice", "refused"}
+    assert outcomes["1 choice"] >= 20
+    text = httpx.get(base_url.removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+    counted = {line.split(" ")[0]: float(line.split(" ")[1]) for line in text.splitlines() if line[0] != "#"}
+    assert counted['longalign_requests_total{path="/v1/completions",status="429"}'] >= outcomes["refused"]
+    assert counted['longalign_engine_requests{model="aligned",state="active"}'] == 0.0
+
+
+def test_killed_replica_ends_its_requests_clearly_and_is_replaced(client: openai.OpenAI, base_url: str):
+    """The last test of this file, as the model has to be loaded anew."""
+    import ray
+
+    stream = iter(client.chat.completions.create(model="base", messages=MESSAGES, stream=True, **ENDLESS))
+    next(stream)
+    named: Any = ray.util.list_named_actors(all_namespaces=True)
+    (replica,) = [each for each in named if each["name"].startswith("SERVE_REPLICA::longalign#base#")]
+    ray.kill(ray.get_actor(replica["name"], namespace=replica["namespace"]))
+    with pytest.raises(openai.APIError, match=r"base: the replica was lost .* send the request again"):
+        list(stream)
+    again = client.with_options(max_retries=20)  # which waits for what Retry-After says
+    made: Any = again.chat.completions.create(model="base", messages=MESSAGES, max_tokens=2, temperature=0)
+    assert made.usage.completion_tokens == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import signal
@@ -9,9 +10,11 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from longalign_ray.config import ServeConfig
 from longalign_ray.errors import ServingError
@@ -60,13 +63,44 @@ def test_model_that_does_not_load_is_named_and_serve_is_shut_down(tiny_model_dir
     assert not serve.status().proxies
 
 
-def test_serve_forever_ends_with_sigterm(tiny_model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_written_config_stands_for_the_same_application(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from longalign_ray.cli import main
+
+    shutil.copytree(tiny_model_dir, tmp_path / "run" / "model")
+    keys, recipe, file = tmp_path / "keys", tmp_path / "recipe.yaml", tmp_path / "serve.yaml"
+    recipe.write_text(f"run_dir: {tmp_path}/run\nmodel: {{path: {tiny_model_dir}, dtype: float32}}")
+    settings = ["port=8123", "num_replicas=[1, 4]", f"api_keys=file:{keys}", "affinity_tokens=64", "drain_seconds=9"]
+    assert main(["serve", str(recipe), *(f"serve.{each}" for each in settings), "--write-config", str(file)]) == 0
+    written = file.read_text()
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(written))
+    assert (schema.http_options.host, schema.http_options.port) == ("127.0.0.1", 8_123)
+    (application,) = schema.applications
+    module, _, function = application.import_path.partition(":")
+    build = getattr(importlib.import_module(module), function)
+    with pytest.raises(ServingError, match="make the file"):
+        build(application.args)
+    keys.write_text("a-secret-key-of-the-tests")
+    ingress: Any = build(application.args)._bound_deployment
+    engine = ingress.init_args[0]["base"]._bound_deployment
+    scaling = engine._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
+    assert engine._deployment_config.graceful_shutdown_timeout_s == 9
+    assert "secret" not in repr(ingress.init_args) + repr(ingress.init_kwargs) + written
+    assert len(ingress.init_kwargs["key_digests"]) == 1
+
+
+def test_serve_forever_ends_with_sigterm_after_what_is_under_way(
+    tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     from longalign_ray.serve.app import serve_forever
 
     caplog.set_level("INFO", logger="longalign_ray")
     config = ServeConfig(port=free_port())
     health = f"http://127.0.0.1:{config.port}/health"
     seen: list[int] = []
+    events: list[str] = []
 
     def end_when_ready() -> None:
         deadline = time.monotonic() + 120
@@ -79,13 +113,25 @@ def test_serve_forever_ends_with_sigterm(tiny_model_dir: Path, caplog: pytest.Lo
                 continue
         while "curl" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        body = {"model": "base", "messages": [{"role": "user", "content": "What is long context?"}], "stream": True}
+        url = health.replace("/health", "/v1/chat/completions")
+        try:
+            with httpx.stream("POST", url, json={**body, "max_tokens": 600, "temperature": 0}, timeout=60) as stream:
+                lines = (line for line in stream.iter_lines() if line)
+                events.append(next(lines))
+                os.kill(os.getpid(), signal.SIGTERM)
+                events.extend(lines)
+        finally:
+            if not events:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     watcher = threading.Thread(target=end_when_ready)
     watcher.start()
     serve_forever({"base": tiny_model_dir}, config, chat_template=None, dtype="float32")
     watcher.join()
     assert seen == [200]
+    assert events[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in events[-2]
     assert f"http://127.0.0.1:{config.port}/v1/chat/completions" in caplog.text
     with pytest.raises(httpx.ConnectError):
         httpx.get(health)

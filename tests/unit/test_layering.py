@@ -44,6 +44,8 @@ LAYERS = {
     "train.ray_train": 6,
     "train.ray_checkpoints": 6,
     "serve.app": 6,
+    "serve.deploy": 6,
+    "serve.remote_engine": 6,
     "evaluate.runner": 6,
     "evaluate.report": 6,
     "config_load": 7,
@@ -62,6 +64,8 @@ GLUE = (
     "train.ray_train",
     "train.ray_checkpoints",
     "serve.app",
+    "serve.deploy",
+    "serve.remote_engine",
     "evaluate.runner",
     "evaluate.report",
 )

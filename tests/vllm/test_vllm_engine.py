@@ -59,7 +59,7 @@ def run() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def engine(model_dir: Path, run: Any) -> Iterator[VllmEngine]:
     async def make() -> VllmEngine:
-        return VllmEngine(model_dir, dtype="float32", context=1_024, engine_args={"enforce_eager": True})
+        return VllmEngine(model_dir, dtype="float32", max_tokens=1_024, engine_args={"enforce_eager": True})
 
     engine = run(make())
     yield engine
@@ -156,4 +156,4 @@ def test_what_cannot_be_served_is_named(engine: VllmEngine, run: Any, tmp_path: 
         run(events_of(engine, [1] * 2_000, GREEDY))  # beyond the context
     assert ids_of(run(events_of(engine, [1, 2, 3], GREEDY)))
     with pytest.raises(ModelError, match="cannot be loaded by vLLM"):
-        VllmEngine(tmp_path / "none", dtype="float32", context=64)
+        VllmEngine(tmp_path / "none", dtype="float32", max_tokens=64)

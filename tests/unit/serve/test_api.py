@@ -7,8 +7,7 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import pytest
@@ -18,12 +17,12 @@ from fastapi.testclient import TestClient
 from longalign_ray.config import ServeConfig
 from longalign_ray.data.template import encode_prompt
 from longalign_ray.errors import OverloadedError, ServingError
-from longalign_ray.serve.answer import ServedModel, served_model
+from longalign_ray.serve.answer import ServedModel
 from longalign_ray.serve.api import build_api
 from longalign_ray.serve.engine import GenerationEvent, Sampling, Token
 from longalign_ray.serve.transformers_engine import TransformersEngine
 
-CONFIG = ServeConfig(max_prompt_tokens=300, max_output_tokens=64)
+CONFIG = ServeConfig(max_prompt_tokens=300, max_output_tokens=64, max_choices=6, max_body_bytes=1_000_000)
 MESSAGES = [{"role": "user", "content": "Hello there"}]
 CHAT = {"model": "tiny", "messages": MESSAGES, "max_tokens": 12, "temperature": 0}
 
@@ -47,27 +46,15 @@ class BrokenEngine:
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_model_dir: Path) -> Iterator[TransformersEngine]:
-    engine = TransformersEngine(tiny_model_dir, dtype="float32", prefill_chunk=16)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def model(engine: TransformersEngine, tiny_model_dir: Path) -> ServedModel:
-    return served_model("tiny", engine, tiny_model_dir, chat_template=None)
-
-
-@pytest.fixture(scope="module")
 def client(model: ServedModel) -> TestClient:
     return client_of(model)
 
 
-def client_of(model: ServedModel, *, ready: bool = True) -> TestClient:
+def client_of(model: ServedModel, config: ServeConfig = CONFIG, *, ready: bool = True, **more: Any) -> TestClient:
     async def health() -> dict[str, bool]:
         return {"tiny": ready}
 
-    return TestClient(build_api({"tiny": model}, CONFIG, health=health), raise_server_exceptions=False)
+    return TestClient(build_api({"tiny": model}, config, health=health, **more), raise_server_exceptions=False)
 
 
 def broken_client(model: ServedModel, error: Exception, *, after_tokens: int = 0) -> TestClient:
@@ -264,10 +251,17 @@ def test_models_and_health(client, model):
         ("chat/completions", {"top_p": 0}, 400, "top_p", "greater than 0"),
         ("chat/completions", {"max_tokens": -5}, 400, "max_tokens", "greater than or equal to 1"),
         ("chat/completions", {"max_tokens": 65}, 400, "max_tokens", "64"),
-        ("chat/completions", {"n": 2}, 400, "n", "less than or equal to 1"),
+        ("chat/completions", {"n": 0}, 400, "n", "greater than or equal to 1"),
+        ("chat/completions", {"n": 7}, 400, "n", "serve.max_choices is 6"),
+        ("completions", {"n": 4, "prompt": ["a", "b"]}, 400, "n", "ask for 8 choices"),
         ("chat/completions", {"seed": 2**70}, 400, "seed", ""),
         ("chat/completions", {"stop": [""]}, 400, "stop.0", "at least 1"),
-        ("chat/completions", {"logprobs": True}, 400, "logprobs", ""),
+        ("chat/completions", {"logprobs": 7}, 400, "logprobs", "boolean"),
+        ("chat/completions", {"top_logprobs": 2}, 400, None, "set logprobs=true"),
+        ("chat/completions", {"top_logprobs": 21, "logprobs": True}, 400, "top_logprobs", "20"),
+        ("tokenize", {"prompt": "a"}, 400, None, "either prompt or messages"),
+        ("tokenize", {"prompt": None, "model": "x"}, 404, "model", "served: tiny"),
+        ("detokenize", {"tokens": [1, 259]}, 400, None, "ids end at 258"),
         ("completions", {"prompt": ""}, 400, "prompt", "no tokens"),
         ("completions", {"prompt": [1, 259]}, 400, None, "ids end at 258"),
         ("completions", {"prompt": [-1]}, 400, "prompt.0", "greater than or equal to 0"),
