@@ -165,8 +165,6 @@ def test_a_node_is_lost_and_another_joins(
         tmp_path, num_workers=[1, 2], cpus_per_worker=3, max_failures=1, checkpoint_storage=address
     )
     store = CheckpointStore.at(address, endpoint=s3)
-    assert nodes.head_node is not None
-    logs = Path(nodes.head_node.get_logs_dir_path()) / "train"
     lost = nodes.add_node(num_cpus=3)
 
     def last_step(*, world_size: int) -> int:
@@ -179,12 +177,11 @@ def test_a_node_is_lost_and_another_joins(
         nodes.remove_node(lost, allow_graceful=False)
         wait_until(lambda: last_step(world_size=1), "no checkpoint of the rank that was left")
         [rank] = training_ranks()
-        rank.suspend()  # or it would be done before there is another node
+        rank.suspend()
         of_one = last_step(world_size=1)
         nodes.add_node(num_cpus=3)
-        grows = "resize the worker group from 1 -> 2"
-        wait_until(lambda: any(grows in log.read_text() for log in logs.glob("*app-controller*")), "not resized")
-        rank.resume()
+        # Ray ends the rank for two others; it must not go on until then, as it has but a few steps left.
+        wait_until(lambda: not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE, "no more ranks were started")
         return of_two, of_one, read_metrics(run_dir.metrics)[:of_one]
 
     with ThreadPoolExecutor() as threads:
