@@ -79,7 +79,7 @@ def test_shards_that_do_not_load_are_an_error_of_the_checkpoint(
         raise error
 
     engine = TrainEngine.__new__(TrainEngine)
-    engine._engine = SimpleNamespace(load_checkpoint=load_checkpoint)
+    engine._engine, engine._quantized = SimpleNamespace(load_checkpoint=load_checkpoint), False
     with pytest.raises(told, match=f"remove {tmp_path}" if told is CheckpointError else str(error)) as raised:
         engine.load(tmp_path)
     assert isinstance(raised.value, LongAlignError) == (told is CheckpointError)
