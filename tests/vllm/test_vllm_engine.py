@@ -23,33 +23,6 @@ DOCUMENT = [(37 * place + place // 5) % 250 for place in range(700)]
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    directory = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=128,  # heads of 32: vLLM's CPU kernels know no smaller ones
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2_048,
-        eos_token_id=258,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def model(model_dir: Path) -> Any:
-    from transformers import LlamaForCausalLM
-
-    return LlamaForCausalLM.from_pretrained(str(model_dir)).eval()
-
-
-@pytest.fixture(scope="module")
 def run() -> Iterator[Any]:
     """Runs a coroutine on the one event loop that the engine lives on."""
     with asyncio.Runner() as runner:
