@@ -18,6 +18,7 @@ from longalign_ray.errors import ServingError
 from longalign_ray.serve.answer import Asked, Piece, ServedModel, answer, merged, score
 from longalign_ray.serve.api_errors import add_error_handlers
 from longalign_ray.serve.ask import asked_by_chat, asked_by_completion, context_of
+from longalign_ray.serve.document_page import add_page
 from longalign_ray.serve.engine import Token
 from longalign_ray.serve.guard import Guard
 from longalign_ray.serve.logprobs import chat_logprobs, completion_logprobs
@@ -51,6 +52,7 @@ def build_api(
     started = int(time.time())
     metrics = Metrics()
     add_error_handlers(api)
+    add_page(api)
 
     def card(model: ServedModel) -> ModelCard:
         return ModelCard(id=model.name, created=started, max_model_len=context_of(model, config))
