@@ -145,10 +145,7 @@ def test_missing_package_is_named(client, monkeypatch):
 
 @pytest.mark.parametrize(
     ("program", "said"),
-    [
-        ("import time; time.sleep(60)", "not read within 0.5 seconds"),
-        ("import os; os.abort()", "ended with status -6"),
-    ],
+    [("import time; time.sleep(60)", "not read within 0.5 seconds"), ("import os; os.abort()", "ended with status -6")],
 )
 def test_a_reader_that_hangs_or_dies_is_ended_and_named(client, monkeypatch, tmp_path, program, said):
     stuck = tmp_path / "stuck.py"
