@@ -121,6 +121,7 @@ def test_questions_on_a_dropped_document(page, server):
     answer = whole["choices"][0]["message"]["content"]
     assert turn.locator(".answer").evaluate("node => node.textContent") == answer
     chips = turn.locator(".chip").all_inner_texts()
+    assert chips[0] == "model tiny"
     assert f"prompt tokens {whole['usage']['prompt_tokens']:,}" in chips
     assert "answer tokens 12" in chips
     assert any(chip.startswith("first token after ") for chip in chips)
@@ -196,8 +197,12 @@ def test_a_dropped_pdf_becomes_text(page):
     drop(page, "bay.pdf", pdf_of(["The lighthouse", ""]), media_type="application/pdf")
     page.wait_for_selector("#held-text")
     assert page.locator("#held-text").inner_text() == "The lighthouse"
-    size = page.locator("#document-size").inner_text()
-    assert size == "14 characters; 2 pages, 1 of them without text, such as scans"
+    size = "14 characters; 2 pages, 1 of them without text, such as scans"
+    assert page.locator("#document-size").inner_text() == size
+    drop(page, "photo.png", b"\x89PNG\r\n\x1a\n\x00\x00")  # refused, so the document stays
+    page.wait_for_selector("#document-error:not([hidden])")
+    assert page.locator("#held-name").inner_text() == "bay.pdf"
+    assert page.locator("#document-size").inner_text() == size
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -10,7 +10,7 @@ const byId = (id) => document.getElementById(id);
 const count = (number) => number.toLocaleString("en");
 const seconds = (ms) => `${(ms / 1000).toFixed(ms < 10_000 ? 2 : 1)} s`;
 
-let held = null; // {name, text}: a file, or a paste too long for the text field
+let held = null; // {name, text, note}: a file, or a paste too long for the text field
 let reading = 0; // number of the file that is being read
 let isReading = false;
 let running = null; // AbortController of the request under way
@@ -23,12 +23,14 @@ function documentText() {
   return text.trim() ? text : "";
 }
 
-function showDocument(note = "") {
+function showDocument() {
   const text = held ? held.text : byId("document").value;
   byId("document").hidden = held !== null;
   byId("held").hidden = held === null;
   byId("remove").hidden = text === "";
-  byId("document-size").textContent = text ? `${count(text.length)} characters${note && `; ${note}`}` : "";
+  byId("document-size").textContent = text
+    ? `${count(text.length)} characters${held?.note ? `; ${held.note}` : ""}`
+    : "";
   if (!held) return;
   byId("held-name").textContent = held.name;
   const numLeftOut = text.length - HEAD_CHARS - TAIL_CHARS;
@@ -38,9 +40,9 @@ function showDocument(note = "") {
 }
 
 function hold(name, text, note = "") {
-  held = { name, text };
+  held = { name, text, note };
   byId("document").value = "";
-  showDocument(note);
+  showDocument();
   byId("held-text").scrollTop = 0;
 }
 
@@ -176,9 +178,9 @@ function messages(text, question) {
   return asked;
 }
 
-function requestBody(text, question) {
+function requestBody(model, text, question) {
   const body = {
-    model: byId("model").value,
+    model,
     messages: messages(text, question),
     temperature: byId("temperature").value === "" ? undefined : byId("temperature").valueAsNumber,
     max_tokens: byId("max-tokens").value === "" ? undefined : byId("max-tokens").valueAsNumber,
@@ -199,6 +201,7 @@ async function ask() {
   if (!byId("model").value) return void (running = null);
 
   const text = documentText();
+  const model = byId("model").value;
   const turn = { documentText: text, question, answer: "" };
   const shown = showTurn(question);
   byId("question").value = "";
@@ -211,7 +214,7 @@ async function ask() {
   let usage = null;
   let outcome = "";
   try {
-    const body = requestBody(text, question);
+    const body = requestBody(model, text, question);
     const response = await send("v1/chat/completions", { body, type: "application/json", signal: running.signal });
     let isWhole = false;
     for await (const data of serverEvents(response.body)) {
@@ -239,7 +242,6 @@ async function ask() {
       outcome = `stopped after ${seconds(since(times.start))}`;
       say("Stopped.");
     } else {
-      outcome = "failed";
       turn.answer = "";
       shown.article.append(alertOf(error.message));
       byId("question").value ||= question;
@@ -247,14 +249,14 @@ async function ask() {
     }
   }
   clearInterval(ticking);
-  shown.chips.replaceChildren(...chips({ usage, times, outcome }));
+  shown.chips.replaceChildren(...chips({ model, usage, times, outcome }));
   if (turn.answer) turns.push(turn);
   running = null;
   setRunning(false);
 }
 
-function chips({ usage, times, outcome }) {
-  const made = [];
+function chips({ model, usage, times, outcome }) {
+  const made = [chip("model", model)];
   if (usage) {
     const numCached = usage.prompt_tokens_details?.cached_tokens ?? 0;
     made.push(chip("prompt tokens", count(usage.prompt_tokens)));
