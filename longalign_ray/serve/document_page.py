@@ -31,6 +31,7 @@ HEADERS = {
 }
 MAX_PDF_BYTES = 16 * 2**20
 MAX_PDF_SECONDS = 180.0
+MAX_PDF_MEMORY_BYTES = 2 * 2**30
 MAX_PDFS_AT_ONCE = 2
 
 
@@ -84,6 +85,7 @@ async def _read_apart(pdf: bytes) -> dict[str, Any]:
         sys.executable,
         "-P",  # the reader's folder is no place to import from
         pdf_reader.__file__,
+        str(MAX_PDF_MEMORY_BYTES),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,  # the parser's remarks on a file
@@ -97,5 +99,8 @@ async def _read_apart(pdf: bytes) -> dict[str, Any]:
             process.kill()
             await process.wait()
     if process.returncode != 0:
-        return {"error": f"reading it ended with status {process.returncode}: too much memory or time; split it"}
+        return {
+            "error": f"reading it ended with status {process.returncode}, as when it takes more than "
+            f"{MAX_PDF_MEMORY_BYTES // 2**20} MiB of memory; split it, or paste the text"
+        }
     return json.loads(output)

@@ -9,13 +9,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 
 from longalign_ray.config import ServeConfig
-from longalign_ray.serve import document_page
+from longalign_ray.serve import document_page, pdf_reader
 from longalign_ray.serve.api import build_api
-from longalign_ray.serve.pdf_reader import _whole_characters
 
 PDF = {"Content-Type": "application/pdf"}
 
@@ -166,5 +166,43 @@ def test_a_reader_that_hangs_or_dies_is_ended_and_named(client, monkeypatch, tmp
     assert [process.returncode is None for process in started] == [False]
 
 
+def test_memory_of_the_reader_is_limited(client, monkeypatch):
+    pytest.importorskip("pypdf")
+    assert client.post("/page/text", content=pdf_of(["x"]), headers=PDF).json()["text"] == "x"
+    monkeypatch.setattr(document_page, "MAX_PDF_MEMORY_BYTES", 8 * 2**20)  # less than the parser itself takes
+    response = client.post("/page/text", content=pdf_of(["x"]), headers=PDF)
+    assert (response.status_code, "more than 8 MiB of memory" in message_of(response)) == (400, True)
+
+
+def test_text_is_limited(monkeypatch):
+    pytest.importorskip("pypdf")
+    monkeypatch.setattr(pdf_reader, "MAX_TEXT_CHARS", 6)
+    assert pdf_reader.read(pdf_of(["abc", "def"]))["text"] == "abc\n\ndef"
+    assert pdf_reader.read(pdf_of(["abc", "defg"])) == {"error": "more than 6 characters of text; split it"}
+
+
+def test_two_pdfs_are_read_at_once_and_the_next_waits(monkeypatch, tmp_path):
+    counting = tmp_path / "counting.py"
+    counting.write_text(
+        "import json, os, pathlib, time\n"
+        f"mine = pathlib.Path({str(tmp_path)!r}, f'{{os.getpid()}}.run')\n"
+        "mine.touch()\n"
+        "time.sleep(0.5)\n"
+        "print(json.dumps({'text': len(list(mine.parent.glob('*.run')))}))\n"
+        "mine.unlink()\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(document_page.pdf_reader, "__file__", str(counting))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+
+    async def upload() -> list[int]:
+        transport = httpx.ASGITransport(build_api({}, ServeConfig(), health=no_models))
+        async with httpx.AsyncClient(transport=transport, base_url="http://page", timeout=60) as client:
+            made = await asyncio.gather(*(client.post("/page/text", content=b"%PDF", headers=PDF) for _ in range(4)))
+        return [response.json()["text"] for response in made]
+
+    assert max(asyncio.run(upload())) == 2
+
+
 def test_halves_of_surrogate_pairs_become_text():
-    assert _whole_characters("a\ud83d\ude00b\ud83dc") == "a\U0001f600b\ufffdc"
+    assert pdf_reader._whole_characters("a\ud83d\ude00b\ud83dc") == "a\U0001f600b\ufffdc"
