@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ import httpx
 import pytest
 
 from longalign_ray.config import ServeConfig
+from longalign_ray.errors import ServingError
+from tests.unit.serve.test_api import BrokenEngine
 from tests.unit.serve.test_document_page import pdf_of
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
@@ -36,7 +39,7 @@ DROP = """([name, type, base64]) => {
 
 @pytest.fixture(scope="module")
 def server(tiny_model_dir: Path) -> Iterator[tuple[str, Any]]:
-    """(URL, engine) of the application on 127.0.0.1."""
+    """(URL, engine) of the application on 127.0.0.1; beside `tiny`, which is chosen at first, a model that fails."""
     import uvicorn
 
     from longalign_ray.serve.answer import served_model
@@ -44,10 +47,12 @@ def server(tiny_model_dir: Path) -> Iterator[tuple[str, Any]]:
     from longalign_ray.serve.transformers_engine import TransformersEngine
 
     async def health() -> dict[str, bool]:
-        return {"tiny": True}
+        return dict.fromkeys(models, True)
 
     engine = TransformersEngine(tiny_model_dir, dtype="float32", prefill_chunk=256)
-    models = {"tiny": served_model("tiny", engine, tiny_model_dir, chat_template=None)}
+    tiny = served_model("tiny", engine, tiny_model_dir, chat_template=None)
+    broken = BrokenEngine(ServingError("the replica was lost"), after_tokens=3)
+    models = {"failing": dataclasses.replace(tiny, name="failing", engine=broken), "tiny": tiny}
     api = build_api(models, ServeConfig(max_prompt_tokens=3_500, max_output_tokens=2_000), health=health)
     listener = socket.create_server(("127.0.0.1", 0))
     uvicorn_server = uvicorn.Server(uvicorn.Config(api, log_level="warning", lifespan="off"))
@@ -171,6 +176,20 @@ def test_the_server_s_refusal_of_a_document_too_long_for_it(page):
     assert page.input_value("#question") == "What is it about?"  # to be asked again
 
 
+def test_a_failure_in_the_middle_of_an_answer(page):
+    page.select_option("#model", "failing")
+    ask(page, "Well?", max_tokens=8)
+    turn = answered(page, "Well?")
+    assert turn.get_by_role("alert").inner_text() == "the replica was lost"
+    assert turn.locator(".answer").inner_text() == "IJK"  # what had come stays to be read
+    assert turn.locator(".chip").first.inner_text() == "model failing"
+    page.select_option("#model", "tiny")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        ask(page, "And now?", max_tokens=4)
+    assert sent.value.post_data_json["messages"] == [{"role": "user", "content": "And now?"}]  # not as if it were whole
+    answered(page, "And now?")
+
+
 def test_a_long_paste_is_held_beside_the_text_field(page):
     page.fill("#document", "before ")
     page.evaluate("document.getElementById('document').focus()")
@@ -188,6 +207,11 @@ def test_files_that_are_no_text_are_refused_by_name(page):
     page.wait_for_selector("#document-error:not([hidden])")
     said = page.locator("#document-error").inner_text()
     assert said == "photo.png: neither a PDF nor text in UTF-8; save it as txt, md or pdf"
+    drop(page, "latin.txt", "café".encode("latin-1"))
+    sync_api.expect(page.locator("#document-error")).to_contain_text("latin.txt: neither", timeout=60_000)
+    drop(page, "utf16.txt", "café".encode("utf-16"))
+    sync_api.expect(page.locator("#held-text")).to_have_text("café", timeout=60_000)
+    assert page.locator("#document-error").is_hidden()
     drop(page, "broken.pdf", b"%PDF-1.7")
     sync_api.expect(page.locator("#document-error")).to_contain_text("broken.pdf: ", timeout=60_000)
 
@@ -215,6 +239,15 @@ def test_everything_fits_a_phone_and_is_reached_by_keyboard(browser, server, sch
     ask(page, "v" * 200, max_tokens=4)
     answered(page, "v" * 200)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert page.locator("#turns").get_attribute("aria-live") == "polite"
+    for role, name in (
+        ("textbox", "Question"),
+        ("combobox", "Model"),
+        ("spinbutton", "Longest answer, tokens"),
+        ("spinbutton", "Temperature"),
+    ):
+        assert page.get_by_role(role, name=name, exact=True).count() == 1
+    assert page.get_by_role("checkbox", name="Keep the conversation").is_checked()
     page.evaluate("document.activeElement.blur()")
     reached = set()
     for _ in range(12):
