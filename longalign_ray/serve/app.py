@@ -198,6 +198,7 @@ def serve_forever(models: Mapping[str, Path], config: ServeConfig, *, chat_templ
             logger.info("serving %s at %s; Ctrl-C ends it. Try:", ", ".join(models), base_url)
             key = "" if config.api_keys is None else "-H 'Authorization: Bearer KEY' "
             logger.info("curl %s/chat/completions %s-H 'Content-Type: application/json' -d '%s'", base_url, key, body)
+            logger.info("or ask about a document in a browser: %s/", base_url.removesuffix("/v1"))
             while not stopped.wait(POLL_SECONDS):
                 pass
     except KeyboardInterrupt:

@@ -9,10 +9,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from longalign_ray.serve.api_errors import error_response
 from longalign_ray.serve.api_keys import is_known
+from longalign_ray.serve.document_page import PAGE_FILES
 from longalign_ray.serve.schema import ApiError
 
-OPEN_PATHS = ("/health",)
-"""For load balancers, which have no key; says no more than whether the models are ready."""
+OPEN_PATHS = ("/health", *PAGE_FILES)
+"""For load balancers, which have no key, and browsers, which send none with an address that is typed. The first says no
+more than whether the models are ready, the page's files say nothing of this server."""
 
 
 class Guard:

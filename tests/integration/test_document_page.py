@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 
 from longalign_ray.config import ServeConfig
 from longalign_ray.errors import ServingError
+from longalign_ray.serve.api_keys import digests
 from tests.unit.serve.test_api import BrokenEngine
 from tests.unit.serve.test_document_page import pdf_of
 
@@ -29,6 +31,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.whic
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH, or its path in CHROMIUM")
 
 DOCUMENT = "The lighthouse of Marlow Bay was <b>repainted</b> in 1911.\n" * 20
+KEY = "a-key-of-some-length"
 DROP = """([name, type, base64]) => {
   const transfer = new DataTransfer();
   const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
@@ -37,11 +40,29 @@ DROP = """([name, type, base64]) => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def server(tiny_model_dir: Path) -> Iterator[tuple[str, Any]]:
-    """(URL, engine) of the application on 127.0.0.1; beside `tiny`, which is chosen at first, a model that fails."""
+@contextmanager
+def listening(api: Any) -> Iterator[str]:
+    """URL of an application on 127.0.0.1."""
     import uvicorn
 
+    listener = socket.create_server(("127.0.0.1", 0))
+    uvicorn_server = uvicorn.Server(uvicorn.Config(api, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        uvicorn_server.should_exit = True
+        thread.join(timeout=30)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model_dir: Path) -> Iterator[tuple[str, str, Any]]:
+    """URL of the application, URL of one that wants a key, engine of `tiny`, which is chosen at first.
+
+    Beside it stands a model that fails.
+    """
     from longalign_ray.serve.answer import served_model
     from longalign_ray.serve.api import build_api
     from longalign_ray.serve.transformers_engine import TransformersEngine
@@ -53,16 +74,13 @@ def server(tiny_model_dir: Path) -> Iterator[tuple[str, Any]]:
     tiny = served_model("tiny", engine, tiny_model_dir, chat_template=None)
     broken = BrokenEngine(ServingError("the replica was lost"), after_tokens=3)
     models = {"failing": dataclasses.replace(tiny, name="failing", engine=broken), "tiny": tiny}
-    api = build_api(models, ServeConfig(max_prompt_tokens=3_500, max_output_tokens=2_000), health=health)
-    listener = socket.create_server(("127.0.0.1", 0))
-    uvicorn_server = uvicorn.Server(uvicorn.Config(api, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}", engine
-    uvicorn_server.should_exit = True
-    thread.join(timeout=30)
+    config = ServeConfig(max_prompt_tokens=3_500, max_output_tokens=2_000)
+    with (
+        listening(build_api(models, config, health=health)) as url,
+        listening(build_api(models, config, health=health, key_digests=digests([KEY]))) as guarded_url,
+    ):
+        yield url, guarded_url, engine
     engine.close()
-    assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +92,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def page(browser: Any, server: tuple[str, Any]) -> Iterator[Any]:
+def page(browser: Any, server: tuple[str, str, Any]) -> Iterator[Any]:
     """The page, loaded; what the browser's console says of scripts and policies at fault fails the test."""
     page = browser.new_page()
     page.set_default_timeout(60_000)
@@ -137,7 +155,8 @@ def test_questions_on_a_dropped_document(page, server):
     answered(page, "Who did it?")
     page.uncheck("#keep")
     ask(page, "What stands there?", max_tokens=4)
-    answered(page, "What stands there?")
+    cached = answered(page, "What stands there?").locator(".chip", has_text="of them cached").inner_text()
+    assert int(cached.split()[-1].replace(",", "")) > len(DOCUMENT)  # a token a byte: the document was not read again
     first, kept, alone = (body["messages"] for body in sent)
     assert first == [{"role": "user", "content": f"{DOCUMENT}\n\nWhen was it <i>repainted</i>?"}]
     assert kept == [*first, {"role": "assistant", "content": answer}, {"role": "user", "content": "Who did it?"}]
@@ -145,8 +164,25 @@ def test_questions_on_a_dropped_document(page, server):
     assert page.locator(".turn b:not(.chip b), .turn i").count() == 0
 
 
+def test_a_key_is_asked_for_and_kept_in_the_page_alone(page, server):
+    assert page.locator("#key").is_hidden()
+    page.goto(server[1])
+    sync_api.expect(page.locator("#key")).to_be_focused()
+    assert page.locator("#model-error").inner_text().startswith("no valid API key")
+    page.fill("#key", KEY)
+    page.press("#key", "Enter")
+    sync_api.expect(page.locator("#model")).to_have_value("tiny")
+    assert page.locator("#model-error").is_hidden()
+    ask(page, "Hello?", max_tokens=4)
+    assert "answer tokens 4" in answered(page, "Hello?").locator(".chip").all_inner_texts()
+    assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
+    page.reload()
+    sync_api.expect(page.locator("#key")).to_be_focused()
+    assert page.input_value("#key") == ""
+
+
 def test_escape_stops_the_answer_on_the_server_too(page, server):
-    engine = server[1]
+    engine = server[2]
     before = stats_of(engine)
     ask(page, "Tell me everything", max_tokens=2_000)
     sync_api.expect(page.locator(".answer")).to_have_text(re.compile(".{5}", re.DOTALL), timeout=60_000)

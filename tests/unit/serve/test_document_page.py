@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 from longalign_ray.config import ServeConfig
 from longalign_ray.serve import document_page, pdf_reader
 from longalign_ray.serve.api import build_api
+from longalign_ray.serve.api_keys import digests
 
 PDF = {"Content-Type": "application/pdf"}
 
@@ -128,12 +129,20 @@ def test_other_types_are_refused_by_name(client, media_type):
     assert (media_type or "of no stated type") in message_of(response)
 
 
-def test_pdf_above_the_limit_is_refused(client, monkeypatch):
+def test_pdf_above_the_limit_of_bodies_is_refused():
     pdf = pdf_of(["x"])
-    monkeypatch.setattr(document_page, "MAX_PDF_BYTES", len(pdf) - 1)
+    client = TestClient(build_api({}, ServeConfig(max_body_bytes=len(pdf) - 1), health=no_models))
     response = client.post("/page/text", content=pdf, headers=PDF)
-    assert response.status_code == 413
-    assert f"more than {len(pdf) - 1} bytes" in message_of(response)
+    assert (response.status_code, f"serve.max_body_bytes is {len(pdf) - 1}" in message_of(response)) == (413, True)
+
+
+def test_page_is_open_and_reading_a_pdf_needs_a_key():
+    api = build_api({}, ServeConfig(), health=no_models, key_digests=digests(["a-key-of-some-length"]))
+    client = TestClient(api)
+    assert {client.get(path).status_code for path in ("/", "/page.css", "/page.js")} == {200}
+    assert client.post("/page/text", content=b"%PDF", headers=PDF).status_code == 401
+    with_key = {**PDF, "Authorization": "Bearer a-key-of-some-length", "Content-Type": "text/plain"}
+    assert client.post("/page/text", content=b"%PDF", headers=with_key).status_code == 415
 
 
 def test_missing_package_is_named(client, monkeypatch):
