@@ -153,8 +153,11 @@ def test_missing_package_is_named(client, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("program", "said"),
-    [("import time; time.sleep(60)", "not read within 0.5 seconds"), ("import os; os.abort()", "ended with status -6")],
+    ("program", "said", "status"),
+    [
+        ("import time; time.sleep(60)", "not read within 0.5 seconds", -9),
+        ("import os; os.abort()", "ended with status -6", -6),
+    ],
 )
 def test_a_reader_that_hangs_or_dies_is_ended_and_named(client, monkeypatch, tmp_path, program, said, status):
     stuck = tmp_path / "stuck.py"
