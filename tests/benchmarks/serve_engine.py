@@ -28,8 +28,9 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from longalign_ray.model_source import local_model_dir
 from longalign_ray.serve.engine import Sampling
 from longalign_ray.serve.transformers_engine import TransformersEngine
+from tests.conftest import SHARED_DATA
 
-CHATS = Path(__file__).parents[2] / "shared" / "data" / "chat"
+CHATS = SHARED_DATA / "chat"
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
 LONG_PROMPT, CHUNK = 32_768, 2_048
 
