@@ -594,6 +594,39 @@ class LongEvalConfig(Section):
     """Only the first cases of each file; none: all."""
 
 
+class JudgeConfig(Section):
+    """A model that rates answers, behind any OpenAI-compatible endpoint."""
+
+    endpoint: str | None = None
+    """Base URL, such as https://HOST/v1."""
+    model: str
+    """The judge's name there."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key; none: no key is sent. The key itself never stands in a recipe."""
+    replay: str | None = None
+    """Recorded replies in place of the endpoint: a file `*.judgements.jsonl` of an earlier run."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """Sampling temperature."""
+    max_new_tokens: PositiveInt = 256
+    """Tokens of a judgement at most."""
+    concurrency: PositiveInt = 4
+    """Requests in flight at a time."""
+    request_timeout_seconds: PositiveFloat = 120
+    """Limit for one judgement."""
+    max_attempts: PositiveInt = 5
+    """Tries for a request that timed out or was answered with 429 or 5xx."""
+    price_per_million_prompt_tokens: Annotated[float, Field(ge=0.0)] | None = None
+    """For the estimate of the cost that is shown before the run."""
+    price_per_million_completion_tokens: Annotated[float, Field(ge=0.0)] | None = None
+    """For the estimate of the cost that is shown before the run."""
+
+    @model_validator(mode="after")
+    def _endpoint_or_replay(self) -> JudgeConfig:
+        if (self.endpoint is None) == (self.replay is None):
+            raise ValueError("evaluate.judge takes one of endpoint and replay: set one of them")
+        return self
+
+
 class EvaluateConfig(Section):
     """What is measured, before (`base`) and after (`aligned`) training."""
 
@@ -617,6 +650,8 @@ class EvaluateConfig(Section):
     """LongBench v2; null leaves it out."""
     longeval: LongEvalConfig | None = None
     """LongEval; null leaves it out."""
+    judge: JudgeConfig | None = None
+    """The model that rates the answers of the tasks that are judged."""
     heldout_loss: bool = True
     """Loss of the held-out examples, from the log-probabilities that the endpoint returns."""
 

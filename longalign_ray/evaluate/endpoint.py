@@ -6,6 +6,7 @@ import asyncio
 import email.utils
 import random
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,6 +32,7 @@ class Endpoint:
 
     Timeouts, broken connections, 429 and 5xx are tried up to `max_attempts` times, after the server's Retry-After or,
     without one, after backoff_seconds * 2^n with jitter. Every other failure is final at once. `num_retries` counts.
+    `headers` go with every request.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Endpoint:
         concurrency: int,
         api_key: str | None = None,
         backoff_seconds: float = 0.5,
+        headers: Mapping[str, str] | None = None,
     ):
         self.base_url = base_url.rstrip("/")
         self.timeout_seconds = timeout_seconds
@@ -49,6 +52,7 @@ class Endpoint:
         self.backoff_seconds = backoff_seconds
         self.num_retries = 0
         self._client = httpx.AsyncClient(
+            headers=headers,
             timeout=httpx.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS, timeout_seconds), pool=None),
             limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
             headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
@@ -90,11 +94,13 @@ class Endpoint:
                 f": set evaluate.models to names from that list"
             )
 
-    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def post(
+        self, path: str, body: dict[str, Any], *, headers: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """The JSON object that the endpoint answers. Raises RequestFailed after the last try."""
         for attempt in range(1, self.max_attempts + 1):
             try:
-                return await self._post_once(path, body)
+                return await self._post_once(path, body, headers)
             except _Retryable as failure:
                 if attempt == self.max_attempts:
                     raise RequestFailed(failure.reason, f"{failure} (try {attempt})") from failure
@@ -102,10 +108,10 @@ class Endpoint:
                 await asyncio.sleep(self._pause(failure.retry_after, attempt))
         raise AssertionError("max_attempts is at least 1")
 
-    async def _post_once(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def _post_once(self, path: str, body: dict[str, Any], headers: Mapping[str, str] | None) -> dict[str, Any]:
         try:
             async with asyncio.timeout(self.timeout_seconds):  # httpx limits the wait for each part, this the whole
-                response = await self._client.post(self.base_url + path, json=body)
+                response = await self._client.post(self.base_url + path, json=body, headers=headers)
         except (TimeoutError, httpx.TimeoutException) as error:
             raise _Retryable("timeout", f"no answer within {self.timeout_seconds:g} s") from error
         except httpx.TransportError as error:
