@@ -32,7 +32,6 @@ class Endpoint:
 
     Timeouts, broken connections, 429 and 5xx are tried up to `max_attempts` times, after the server's Retry-After or,
     without one, after backoff_seconds * 2^n with jitter. Every other failure is final at once. `num_retries` counts.
-    `headers` go with every request.
     """
 
     def __init__(
@@ -44,7 +43,6 @@ class Endpoint:
         concurrency: int,
         api_key: str | None = None,
         backoff_seconds: float = 0.5,
-        headers: Mapping[str, str] | None = None,
     ):
         self.base_url = base_url.rstrip("/")
         self.timeout_seconds = timeout_seconds
@@ -52,7 +50,6 @@ class Endpoint:
         self.backoff_seconds = backoff_seconds
         self.num_retries = 0
         self._client = httpx.AsyncClient(
-            headers=headers,
             timeout=httpx.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS, timeout_seconds), pool=None),
             limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
             headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},

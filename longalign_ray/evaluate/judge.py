@@ -16,6 +16,7 @@ from typing import Any
 from longalign_ray.config import JudgeConfig
 from longalign_ray.errors import EvaluationError
 from longalign_ray.evaluate.endpoint import Endpoint, RequestFailed
+from longalign_ray.evaluate.task import EvalCase, judgement_id
 from longalign_ray.run_dir import digest
 
 PATH = "/chat/completions"
@@ -47,14 +48,16 @@ def judge_cost(config: JudgeConfig, prompt_tokens: Sequence[int], completion_tok
     return JudgeCost(len(prompt_tokens), prompt, completion, price)
 
 
-def judge_request(config: JudgeConfig, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """The request for one judgement."""
-    return {
-        "model": config.model,
+def judge_case(config: JudgeConfig, case: EvalCase, number: int, messages: Sequence[Mapping[str, str]]) -> EvalCase:
+    """The request for judgement `number` of the answer to a case."""
+    request = {
+        "model": config.model,  # in place of the model that is asked otherwise
         "messages": [dict(message) for message in messages],
         "max_tokens": config.max_new_tokens,
         "temperature": config.temperature,
     }
+    name = judgement_id(case.case_id, number)
+    return EvalCase(name, case.task, PATH, request, reference=None, document=case.case_id, num_tokens=0)
 
 
 def open_judge(config: JudgeConfig) -> Endpoint | RecordedJudge:
@@ -64,7 +67,7 @@ def open_judge(config: JudgeConfig) -> Endpoint | RecordedJudge:
     """
     if config.replay is not None:
         return RecordedJudge(Path(config.replay))
-    headers = {}
+    key = None
     if config.api_key_env is not None:
         key = os.environ.get(config.api_key_env, "").strip()
         if not key:
@@ -72,13 +75,12 @@ def open_judge(config: JudgeConfig) -> Endpoint | RecordedJudge:
                 f"evaluate.judge.api_key_env: the environment variable {config.api_key_env} is not set: set it to the "
                 f"key of {config.endpoint}, or leave the setting out if that needs none"
             )
-        headers["authorization"] = f"Bearer {key}"
     return Endpoint(
         config.endpoint or "",
         timeout_seconds=config.request_timeout_seconds,
         max_attempts=config.max_attempts,
         concurrency=config.concurrency,
-        headers=headers,
+        api_key=key,
     )
 
 

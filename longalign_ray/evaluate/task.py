@@ -77,7 +77,20 @@ def read_text(case: EvalCase, answer: dict[str, Any]) -> Prediction:
     """The text of a completion or a chat completion. KeyError, IndexError or TypeError where the answer is neither."""
     choice = answer["choices"][0]
     text = choice["message"]["content"] if case.path == "/chat/completions" else choice["text"]
-    return Prediction(case.case_id, text or "", choice["finish_reason"] or "")
+    return Prediction(case.case_id, text or "", choice["finish_reason"] or "", _usage(answer))
+
+
+def _usage(answer: dict[str, Any]) -> dict[str, float]:
+    """The numbers of tokens, where the endpoint tells them."""
+    usage = answer.get("usage")
+    known = usage if isinstance(usage, dict) else {}
+    names = ("prompt_tokens", "completion_tokens")
+    return {name: known[name] for name in names if isinstance(known.get(name), int | float)}
+
+
+def judgement_id(case_id: str, number: int) -> str:
+    """The name of the judge's reply `number` to the answer of a case."""
+    return f"{case_id}#{number}"
 
 
 def in_asking_order(cases: Iterable[EvalCase]) -> list[EvalCase]:

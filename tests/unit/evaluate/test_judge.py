@@ -11,8 +11,9 @@ from longalign_ray.config import JudgeConfig
 from longalign_ray.errors import EvaluationError
 from longalign_ray.evaluate.agreement import Agreement, agreement
 from longalign_ray.evaluate.endpoint import RequestFailed
-from longalign_ray.evaluate.judge import PATH, JudgeCost, judge_cost, judge_digest, judge_request, open_judge
+from longalign_ray.evaluate.judge import PATH, JudgeCost, judge_case, judge_cost, judge_digest, open_judge
 from longalign_ray.evaluate.rating import RatedMean, rated_mean, read_rating
+from longalign_ray.evaluate.task import EvalCase
 from tests.unit.evaluate.stub_server import Reply, chat, stub_server
 
 MESSAGES = [{"role": "user", "content": "Rate this: 好. Rating:"}]
@@ -77,7 +78,8 @@ def test_agreement_worked_by_hand():
     tied = agreement([5, 5, 9], [1, 2, 3])
     assert tied.spearman == pytest.approx(1.5 / 3**0.5)
     assert tied.kendall == pytest.approx(2 / 6**0.5)
-    assert agreement([1, 2, 3], [9, 8, 7]) == Agreement(3, pytest.approx(-1), pytest.approx(-1))
+    opposed = agreement([1, 2, 3], [9, 8, 7])
+    assert (opposed.num_pairs, opposed.spearman, opposed.kendall) == (3, pytest.approx(-1), pytest.approx(-1))
     assert agreement([4, 4, 4], [1, 2, 3]) == Agreement(3, None, None)
     assert agreement([], []) == Agreement(0, None, None)
 
@@ -95,6 +97,13 @@ def test_cost_worked_by_hand():
     assert cost.describe() == "1 calls, 1,000,000 prompt and 500,000 completion tokens, a price of 60.00"
 
 
+def request(config: JudgeConfig) -> dict[str, Any]:
+    answered = EvalCase("7", "longbench_chat", "/chat/completions", {}, None, "d", 9)
+    case = judge_case(config, answered, 1, MESSAGES)
+    assert (case.case_id, case.path) == ("7#1", PATH)
+    return case.request
+
+
 def post(config: JudgeConfig, body: dict[str, Any]) -> dict[str, Any]:
     async def run() -> dict[str, Any]:
         async with open_judge(config) as judge:
@@ -110,7 +119,7 @@ def test_the_key_comes_from_the_environment_and_goes_with_each_request(monkeypat
     with stub_server(behave) as stub:
         config = JudgeConfig(endpoint=stub.base_url, model="judge", api_key_env="JUDGE_KEY")
         monkeypatch.setenv("JUDGE_KEY", "secret\n")
-        answer = post(config, judge_request(config, MESSAGES))
+        answer = post(config, request(config))
         assert answer["choices"][0]["message"]["content"] == "Bearer secret [[7]]"
         assert {name: stub.asked[0][name] for name in ("model", "temperature", "max_tokens")} == {
             "model": "judge",
@@ -119,13 +128,13 @@ def test_the_key_comes_from_the_environment_and_goes_with_each_request(monkeypat
         }
         monkeypatch.delenv("JUDGE_KEY")
         with pytest.raises(EvaluationError, match="variable JUDGE_KEY is not set"):
-            post(config, judge_request(config, MESSAGES))
+            post(config, request(config))
 
 
 def test_a_recorded_judge_repeats_its_replies_and_makes_none_up(tmp_path: Path):
     record = tmp_path / "a.judgements.jsonl"
     config = JudgeConfig(replay=str(record), model="judge")
-    body = judge_request(config, MESSAGES)
+    body = request(config)
     record.write_text(json.dumps({"request_digest": judge_digest(PATH, body), "text": "[[7]]"}) + "\n")
     assert post(config, body)["choices"][0]["message"]["content"] == "[[7]]"
     with pytest.raises(RequestFailed) as failure:
