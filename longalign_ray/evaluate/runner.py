@@ -15,18 +15,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+from urllib.parse import quote
 
 from longalign_ray.config import EvaluateConfig, JudgeConfig
 from longalign_ray.errors import EvaluationError
 from longalign_ray.evaluate.benchmarks import BENCHMARKS
+from longalign_ray.evaluate.document_order import by_document, do_by_document
 from longalign_ray.evaluate.endpoint import Endpoint, RequestFailed
 from longalign_ray.evaluate.judge import RecordedJudge, judge_case, judge_cost, judge_digest, open_judge
 from longalign_ray.evaluate.predictions import PredictionFile, file_stem
-from longalign_ray.evaluate.task import AnswerError, EvalCase, Prediction, in_asking_order
+from longalign_ray.evaluate.task import AnswerError, EvalCase, Prediction
 from longalign_ray.logs import progress
 from longalign_ray.run_dir import RunDir, digest, write_json
 
 logger = logging.getLogger(__name__)
+
+# Names the document: a router, such as Ray Serve's ConsistentHashRouter, can keep it on the replica that has cached it.
+SESSION_HEADER = "x-session-id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +45,9 @@ class _Sheet:
     predictions: PredictionFile
     failed: Counter[str] = field(default_factory=Counter)
 
-    def unanswered(self) -> list[EvalCase]:
-        return [case for case in in_asking_order(self.cases) if case.case_id not in self.predictions.found]
+    def unanswered(self) -> list[list[EvalCase]]:
+        """By document, in the order in which they are asked."""
+        return by_document(case for case in self.cases if case.case_id not in self.predictions.found)
 
 
 def evaluate(
@@ -178,31 +184,28 @@ def _open_sheet(config: EvaluateConfig, run_dir: RunDir, task: str, model: str, 
 
 async def _ask_all(endpoint: Endpoint | RecordedJudge, sheets: Sequence[_Sheet], *, concurrency: int) -> None:
     """Every unanswered case of every sheet, at most `concurrency` at a time."""
-    jobs = list(_interleave([(sheet, case) for case in sheet.unanswered()] for sheet in sheets))
-    pending = iter(jobs)
+    groups = list(_interleave([[(sheet, case) for case in group] for group in sheet.unanswered()] for sheet in sheets))
     done = 0
-    with progress("evaluate", len(jobs)) as bar:
+    with progress("evaluate", sum(map(len, groups))) as bar:
 
-        async def worker() -> None:
+        async def ask(job: tuple[_Sheet, EvalCase]) -> None:
             nonlocal done
-            for sheet, case in pending:  # the workers share one iterator
-                await _ask(endpoint, sheet, case)
-                done += 1
-                num_failed = sum(sheet.failed.total() for sheet in sheets)
-                bar.advance(done, f"{num_failed} failed" if num_failed else "")
+            await _ask(endpoint, *job)
+            done += 1
+            num_failed = sum(sheet.failed.total() for sheet in sheets)
+            bar.advance(done, f"{num_failed} failed" if num_failed else "")
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(concurrency, len(jobs))):
-                group.create_task(worker())
+        await do_by_document(groups, ask, concurrency=concurrency)
 
 
 async def _ask(endpoint: Endpoint | RecordedJudge, sheet: _Sheet, case: EvalCase) -> None:
+    headers = {SESSION_HEADER: quote(f"{case.task}-{case.document}", safe="")}
     try:
-        answer = await endpoint.post(case.path, {"model": sheet.model, **case.request})
+        answer = await endpoint.post(case.path, {"model": sheet.model, **case.request}, headers=headers)
         prediction = _read_answer(case, answer)
         second = BENCHMARKS[case.task].second_request(case, prediction.text)
         if second is not None:
-            answer = await endpoint.post(case.path, {"model": sheet.model, **second})
+            answer = await endpoint.post(case.path, {"model": sheet.model, **second}, headers=headers)
             prediction = replace(_read_answer(case, answer), thoughts=prediction.text)
     except (RequestFailed, AnswerError) as failure:
         if failure.reason not in sheet.failed:

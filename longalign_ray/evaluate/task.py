@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,8 @@ class EvalCase:
     """One request of a benchmark.
 
     `path` and `request` are what is posted below the endpoint's base URL, less the model's name; `reference` is what
-    the scorer needs. Cases with the same `document` share a prompt prefix; `num_tokens` is the length of the prompt.
+    the scorer needs. Cases with the same `document` share a prompt prefix; `num_tokens` is the length of the prompt,
+    `shared_tokens` about how much of it another case may have too, where cases share unequal parts.
     """
 
     case_id: str
@@ -26,6 +27,7 @@ class EvalCase:
     document: str
     num_tokens: int
     attributes: dict[str, float] = field(default_factory=dict)
+    shared_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +93,6 @@ def _usage(answer: dict[str, Any]) -> dict[str, float]:
 def judgement_id(case_id: str, number: int) -> str:
     """The name of the judge's reply `number` to the answer of a case."""
     return f"{case_id}#{number}"
-
-
-def in_asking_order(cases: Iterable[EvalCase]) -> list[EvalCase]:
-    """Cases with those of one document side by side, the longest document first.
-
-    Long requests first leave no straggler at the end; neighbours of one document find its prefix in the engine's cache.
-    """
-    cases = list(cases)
-    longest: dict[str, int] = {}
-    for case in cases:
-        longest[case.document] = max(longest.get(case.document, 0), case.num_tokens)
-    return sorted(cases, key=lambda case: (-longest[case.document], case.document, -case.num_tokens))
 
 
 def mean_score(task: str, metric: str, values: Sequence[float], groups: Sequence[str]) -> TaskScore:
