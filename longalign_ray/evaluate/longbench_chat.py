@@ -133,9 +133,8 @@ def score_longbench_chat(
         )
     rated = [case for case in cases if case.case_id in ratings]
     whole = rated_mean(judgements, worst=WORST, best=BEST)
-    score = mean_score(
-        TASK, TASK, [ratings[case.case_id] for case in rated], [case.reference["language"] for case in rated]
-    )
+    languages = [case.reference["language"] for case in rated]
+    score = mean_score(TASK, TASK, [ratings[case.case_id] for case in rated], languages, cases=rated)
     details = {
         "if_unrated_worst": whole.if_worst,
         "if_unrated_best": whole.if_best,

@@ -125,7 +125,8 @@ def score_needle(cases: Sequence[EvalCase], predictions: Mapping[str, Prediction
         "grid": [[cell[depth, length] for length in lengths] for depth in depths],
         "exact": sum(exact) / len(exact),
     }
-    return mean_score(TASK, "needle_accuracy", [recall[case.case_id] for case in answered], by_length), details
+    values = [recall[case.case_id] for case in answered]
+    return mean_score(TASK, "needle_accuracy", values, by_length, cases=answered), details
 
 
 def _prompts(

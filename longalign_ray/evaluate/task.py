@@ -48,13 +48,17 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
-    """A metric over the answered cases of a task; `by_group` splits it, for instance by length."""
+    """A metric over the answered cases of a task; `by_group` splits it, for instance by length.
+
+    `by_case` has what it is made of: the value is the mean over the parts of the means of their cases.
+    """
 
     task: str
     metric: str
     value: float
     num_cases: int
     by_group: dict[str, float]
+    by_case: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +99,13 @@ def judgement_id(case_id: str, number: int) -> str:
     return f"{case_id}#{number}"
 
 
-def mean_score(task: str, metric: str, values: Sequence[float], groups: Sequence[str]) -> TaskScore:
-    """Mean of `values`, whole and within each group; groups keep the order of their first appearance."""
+def mean_score(
+    task: str, metric: str, values: Sequence[float], groups: Sequence[str], *, cases: Sequence[EvalCase]
+) -> TaskScore:
+    """Mean of the values of the cases, whole and within each group; groups keep the order of their first appearance."""
     members: dict[str, list[float]] = {}
     for value, group in zip(values, groups, strict=True):
         members.setdefault(group, []).append(value)
     by_group = {group: sum(part) / len(part) for group, part in members.items()}
-    return TaskScore(task, metric, sum(values) / len(values), len(values), by_group)
+    by_case = {"all": {case.case_id: value for case, value in zip(cases, values, strict=True)}}
+    return TaskScore(task, metric, sum(values) / len(values), len(values), by_group, by_case)

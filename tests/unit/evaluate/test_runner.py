@@ -85,6 +85,7 @@ def test_scores_of_both_models(tmp_path: Path, tokenizer: Any):
     }
     assert scores(tmp_path, "needle-aligned")["grid"] == [[1.0, 1.0]] * 3
     assert scores(tmp_path, "heldout-base")["num_cases"] == 3
+    assert scores(tmp_path, "heldout-base")["by_case"] == {"all": {"0:e6": 2.0, "1:e4": 2.0, "2:e9": 2.0}}
     assert len(lines(tmp_path, "needle-base")) == 6
     assert len(stub.asked) == NUM_CASES
 
