@@ -107,8 +107,11 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _score_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmark", choices=("longbench",))
-    parser.add_argument("predictions", metavar="PRED_DIR", help="directory with a file <set>.jsonl a set")
+    parser.add_argument("benchmark", choices=("longbench", "agreement"))
+    parser.add_argument(
+        "predictions", metavar="PATH", help="directory with a file <set>.jsonl a set; agreement: a run's score file"
+    )
+    parser.add_argument("--reference", metavar="JSONL", help="agreement: lines with case_id and score, of people")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

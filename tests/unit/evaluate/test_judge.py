@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from longalign_ray.cli import main
 from longalign_ray.config import JudgeConfig
 from longalign_ray.errors import EvaluationError
 from longalign_ray.evaluate.agreement import Agreement, agreement
@@ -84,6 +85,19 @@ def test_agreement_worked_by_hand():
     assert agreement([], []) == Agreement(0, None, None)
 
 
+def test_agreement_of_a_score_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    scores, reference = tmp_path / "longbench_chat-aligned.json", tmp_path / "people.jsonl"
+    scores.write_text(json.dumps({"by_case": {"all": {"1": 2, "2": 4, "3": 6, "4": 9, "5": 1}}}))
+    lines = [{"case_id": case, "score": score} for case, score in (("1", 1), ("2", 7), ("3", 5), ("4", 8), ("9", 3))]
+    reference.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["score", "agreement", str(scores), "--reference", str(reference)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["num_pairs"], found["num_scored"], found["num_reference"]) == (4, 5, 5)
+    assert (found["spearman"], found["kendall"]) == (pytest.approx(0.8), pytest.approx(2 / 3))
+    assert main(["score", "agreement", str(scores)]) == 1
+    assert main(["score", "agreement", str(reference), "--reference", str(reference)]) == 1
+
+
 def test_cost_worked_by_hand():
     config = JudgeConfig(endpoint="http://127.0.0.1:9/v1", model="judge")
     assert judge_cost(config, [300, 500], [20, 30]) == JudgeCost(2, 800, 50, None)
@@ -114,7 +128,7 @@ def post(config: JudgeConfig, body: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_key_comes_from_the_environment_and_goes_with_each_request(monkeypatch: pytest.MonkeyPatch):
     def behave(body: dict[str, Any], attempt: int) -> Reply:
-        return chat(f"{body['headers'].get('authorization')} [[7]]")
+        return chat(f"{body['headers'].get('Authorization')} [[7]]")
 
     with stub_server(behave) as stub:
         config = JudgeConfig(endpoint=stub.base_url, model="judge", api_key_env="JUDGE_KEY")
