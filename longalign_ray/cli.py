@@ -27,6 +27,7 @@ HELP = {
     "serve": "serve the base and the aligned model behind an OpenAI-compatible endpoint",
     "evaluate": "needle test, held-out loss and benchmarks, before and after",
     "report": "write report.html",
+    "compare": "scores of several runs side by side, with intervals",
     "score": "score predictions on disk, in a benchmark's published format",
     "doctor": "check this machine",
 }
@@ -63,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         command = subcommands.add_parser(name, help=help_text, description=help_text)
         if name == "score":
             _score_arguments(command)
+            continue
+        if name == "compare":
+            _compare_arguments(command)
             continue
         command.add_argument("recipe", nargs="?" if name in ("doctor", "plan") else None, help="YAML file")
         command.add_argument(
@@ -103,9 +107,19 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _score_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmark", choices=("longbench",))
-    parser.add_argument("predictions", metavar="PRED_DIR", help="directory with a file <set>.jsonl a set")
+    parser.add_argument("benchmark", choices=("longbench", "agreement"))
+    parser.add_argument(
+        "predictions", metavar="PATH", help="directory with a file <set>.jsonl a set; agreement: a run's score file"
+    )
+    parser.add_argument("--reference", metavar="JSONL", help="agreement: lines with case_id and score, of people")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="directory of an evaluated run")
+    parser.add_argument(
+        "--format", choices=("markdown", "html", "json", "rows"), default="markdown", help="rows: a JSON line a model"
+    )
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +135,11 @@ def _run(arguments: argparse.Namespace) -> int:
         from longalign_ray.score_command import describe_scores
 
         print(describe_scores(arguments))
+        return 0
+    if arguments.command == "compare":
+        from longalign_ray.evaluate.comparison import describe_comparison
+
+        print(describe_comparison(arguments.runs, form=arguments.format))
         return 0
     from longalign_ray import stages
 

@@ -594,6 +594,60 @@ class LongEvalConfig(Section):
     """Only the first cases of each file; none: all."""
 
 
+class LongBenchChatConfig(Section):
+    """LongBench-Chat (LongAlign section 3.4): 50 real questions about long documents, answers rated by `judge`."""
+
+    data: str
+    """The benchmark's questions: JSON or JSON lines with idx, prompt (document and question), query, answer."""
+    few_shots: str
+    """The benchmark's own few_shots.json: three rated answers to each question."""
+    judge_prompt: str
+    """Text file with the benchmark's prompt to the judge."""
+    max_prompt_tokens: Annotated[int, Field(ge=2)] = 64_000
+    """Longer prompts lose their middle."""
+    max_new_tokens: PositiveInt = 1_024
+    """Tokens generated for an answer."""
+    judgements: PositiveInt = 2
+    """Times that an answer is rated, each time with the examples in another order; the mean counts."""
+    one_line_answers: bool = False
+    """Show answers to the judge with new lines as spaces, as the benchmark's own script does."""
+    rows: PositiveInt | None = None
+    """Only the first questions; none: all."""
+
+
+class JudgeConfig(Section):
+    """A model that rates answers, behind any OpenAI-compatible endpoint."""
+
+    endpoint: str | None = None
+    """Base URL, such as https://HOST/v1."""
+    model: str
+    """The judge's name there."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key; none: no key is sent. The key itself never stands in a recipe."""
+    replay: str | None = None
+    """Recorded replies in place of the endpoint: a file `*.judgements.jsonl` of an earlier run."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """Sampling temperature."""
+    max_new_tokens: PositiveInt = 256
+    """Tokens of a judgement at most."""
+    concurrency: PositiveInt = 4
+    """Requests in flight at a time."""
+    request_timeout_seconds: PositiveFloat = 120
+    """Limit for one judgement."""
+    max_attempts: PositiveInt = 5
+    """Tries for a request that timed out or was answered with 429 or 5xx."""
+    price_per_million_prompt_tokens: Annotated[float, Field(ge=0.0)] | None = None
+    """For the estimate of the cost that is shown before the run."""
+    price_per_million_completion_tokens: Annotated[float, Field(ge=0.0)] | None = None
+    """For the estimate of the cost that is shown before the run."""
+
+    @model_validator(mode="after")
+    def _endpoint_or_replay(self) -> JudgeConfig:
+        if (self.endpoint is None) == (self.replay is None):
+            raise ValueError("evaluate.judge takes one of endpoint and replay: set one of them")
+        return self
+
+
 class EvaluateConfig(Section):
     """What is measured, before (`base`) and after (`aligned`) training."""
 
@@ -617,6 +671,10 @@ class EvaluateConfig(Section):
     """LongBench v2; null leaves it out."""
     longeval: LongEvalConfig | None = None
     """LongEval; null leaves it out."""
+    longbench_chat: LongBenchChatConfig | None = None
+    """LongBench-Chat; null leaves it out."""
+    judge: JudgeConfig | None = None
+    """The model that rates the answers of the tasks that are judged."""
     heldout_loss: bool = True
     """Loss of the held-out examples, from the log-probabilities that the endpoint returns."""
 
@@ -626,6 +684,14 @@ class EvaluateConfig(Section):
         if value is not None and not re.fullmatch(KEY_PLACE, value):
             raise ValueError("evaluate.api_key takes a place, env:NAME or file:PATH, and never a key itself")
         return value
+
+    @model_validator(mode="after")
+    def _judged_tasks_have_a_judge(self) -> EvaluateConfig:
+        if self.longbench_chat is not None and self.judge is None:
+            raise ValueError(
+                "evaluate.longbench_chat is judged, and evaluate.judge is not set: set judge.endpoint and judge.model"
+            )
+        return self
 
 
 class RayConfig(Section):

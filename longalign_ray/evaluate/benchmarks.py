@@ -11,6 +11,7 @@ from typing import Any
 from longalign_ray.config import EvaluateConfig
 from longalign_ray.evaluate import heldout as heldout_task
 from longalign_ray.evaluate import longbench as longbench_task
+from longalign_ray.evaluate import longbench_chat as longbench_chat_task
 from longalign_ray.evaluate import longbench_v2 as longbench_v2_task
 from longalign_ray.evaluate import longeval as longeval_task
 from longalign_ray.evaluate import needle as needle_task
@@ -27,6 +28,8 @@ class Benchmark:
     those in `in_manifest` go into the manifest, each under the name that stands for it there. `write_published` writes
     the predictions into a directory in the benchmark's own format, for other scorers. `second_request` makes the
     request that follows a first answer, whose text it is given; the second answer is then the prediction.
+    `judge_messages` makes the conversations with the judge about an answer; its replies are then among the predictions
+    that `score` is given, each under its `judgement_id`.
     """
 
     make_cases: Callable[[EvaluateConfig, TaskInputs], list[EvalCase] | None]
@@ -35,6 +38,7 @@ class Benchmark:
     in_manifest: Mapping[str, str] = field(default_factory=dict)
     write_published: Callable[[Path, Sequence[EvalCase], Mapping[str, Prediction]], None] | None = None
     second_request: Callable[[EvalCase, str], dict[str, Any] | None] = lambda case, text: None
+    judge_messages: Callable[[EvalCase, Prediction], list[list[dict[str, str]]]] | None = None
 
 
 def _needle(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | None:
@@ -65,6 +69,12 @@ def _longeval(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | No
     )
 
 
+def _longbench_chat(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | None:
+    return config.longbench_chat and longbench_chat_task.longbench_chat_cases(
+        config.longbench_chat, tokenizer=inputs.tokenizer, seed=inputs.seed
+    )
+
+
 BENCHMARKS = {
     needle_task.TASK: Benchmark(_needle, needle_task.score_needle, in_manifest={"exact": "needle_exact"}),
     heldout_task.TASK: Benchmark(
@@ -80,6 +90,9 @@ BENCHMARKS = {
         second_request=longbench_v2_task.second_request,
     ),
     longeval_task.TASK: Benchmark(_longeval, longeval_task.score_longeval),
+    longbench_chat_task.TASK: Benchmark(
+        _longbench_chat, longbench_chat_task.score_longbench_chat, judge_messages=longbench_chat_task.judge_messages
+    ),
 }
 
 

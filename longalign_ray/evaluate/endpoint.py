@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import json
 import random
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
+import aiohttp
 
 from longalign_ray.errors import EvaluationError
 
@@ -48,20 +50,23 @@ class Endpoint:
         self.max_attempts = max_attempts
         self.backoff_seconds = backoff_seconds
         self.num_retries = 0
-        self._client = httpx.AsyncClient(
-            timeout=httpx.Timeout(timeout_seconds, connect=min(CONNECT_SECONDS, timeout_seconds), pool=None),
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
-            trust_env=urlsplit(base_url).hostname not in ("127.0.0.1", "::1", "localhost"),  # no proxy to this machine
-        )
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._concurrency = concurrency
 
     async def __aenter__(self) -> Endpoint:
+        self._client = aiohttp.ClientSession(
+            headers=self._headers,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=min(CONNECT_SECONDS, self.timeout_seconds)),
+            connector=aiohttp.TCPConnector(limit=self._concurrency),
+            # no proxy to this machine
+            trust_env=urlsplit(self.base_url).hostname not in ("127.0.0.1", "::1", "localhost"),
+        )
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._client.aclose()
+        await self._client.close()
 
     async def check_models(self, wanted: tuple[str, ...]) -> None:
         """Returns when the endpoint serves all of `wanted`; else raises EvaluationError that says what is wrong."""
@@ -70,19 +75,21 @@ class Endpoint:
             "set evaluate.endpoint to the base URL of a running OpenAI-compatible server, such as http://HOST:8000/v1"
         )
         try:
-            response = await self._client.get(url, timeout=min(60.0, self.timeout_seconds))
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            async with (
+                asyncio.timeout(min(60.0, self.timeout_seconds)),
+                self._client.get(url, allow_redirects=False) as response,
+            ):
+                status, body = response.status, await response.read()
+        except (TimeoutError, aiohttp.ClientError) as error:
             raise EvaluationError(f"{url} does not answer ({type(error).__name__}: {error}): {remedy}") from error
-        if response.status_code == 401:
+        if status == 401:
             raise EvaluationError(f"{url} answers 401: set evaluate.api_key to env:NAME or file:PATH, where a key is")
-        if response.status_code != 200:
-            raise EvaluationError(f"{url} answers {response.status_code} {response.text[:200]!r}: {remedy}")
+        if status != 200:
+            raise EvaluationError(f"{url} answers {status} {_start(body)!r}: {remedy}")
         try:
-            served = [model["id"] for model in response.json()["data"]]
+            served = [model["id"] for model in json.loads(body)["data"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(
-                f"{url} answers with no list of models ({response.text[:200]!r}): {remedy}"
-            ) from error
+            raise EvaluationError(f"{url} answers with no list of models ({_start(body)!r}): {remedy}") from error
         unknown = [name for name in wanted if name not in served]
         if unknown:
             raise EvaluationError(
@@ -90,11 +97,13 @@ class Endpoint:
                 f": set evaluate.models to names from that list"
             )
 
-    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def post(
+        self, path: str, body: dict[str, Any], *, headers: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """The JSON object that the endpoint answers. Raises RequestFailed after the last try."""
         for attempt in range(1, self.max_attempts + 1):
             try:
-                return await self._post_once(path, body)
+                return await self._post_once(path, body, headers)
             except _Retryable as failure:
                 if attempt == self.max_attempts:
                     raise RequestFailed(failure.reason, f"{failure} (try {attempt})") from failure
@@ -102,23 +111,30 @@ class Endpoint:
                 await asyncio.sleep(self._pause(failure.retry_after, attempt))
         raise AssertionError("max_attempts is at least 1")
 
-    async def _post_once(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def _post_once(self, path: str, body: dict[str, Any], headers: Mapping[str, str] | None) -> dict[str, Any]:
+        url = self.base_url + path
         try:
-            async with asyncio.timeout(self.timeout_seconds):  # httpx limits the wait for each part, this the whole
-                response = await self._client.post(self.base_url + path, json=body)
-        except (TimeoutError, httpx.TimeoutException) as error:
+            async with (
+                asyncio.timeout(self.timeout_seconds),
+                self._client.post(url, json=body, headers=headers, allow_redirects=False) as response,
+            ):
+                status, retry_after, content = (
+                    response.status,
+                    response.headers.get("retry-after"),
+                    await response.read(),
+                )
+        except TimeoutError as error:
             raise _Retryable("timeout", f"no answer within {self.timeout_seconds:g} s") from error
-        except httpx.TransportError as error:
+        except aiohttp.ClientError as error:
             raise _Retryable("connection", f"{type(error).__name__}: {error}") from error
-        status = response.status_code
         if status == 429 or status >= 500:
-            raise _Retryable(f"http_{status}", response.text[:200], _retry_after(response.headers.get("retry-after")))
+            raise _Retryable(f"http_{status}", _start(content), _retry_after(retry_after))
         if status != 200:
-            raise RequestFailed(f"http_{status}", response.text[:200])
+            raise RequestFailed(f"http_{status}", _start(content))
         try:
-            answer = response.json()
+            answer = json.loads(content)
         except ValueError as error:
-            raise RequestFailed("bad_json", f"{response.text[:200]!r} is not JSON") from error
+            raise RequestFailed("bad_json", f"{_start(content)!r} is not JSON") from error
         if not isinstance(answer, dict):
             raise RequestFailed("bad_json", f"a {type(answer).__name__} instead of an object")
         return answer
@@ -134,6 +150,10 @@ class _Retryable(Exception):
     def __init__(self, reason: str, detail: str, retry_after: float | None = None):
         super().__init__(detail)
         self.reason, self.retry_after = reason, retry_after
+
+
+def _start(content: bytes) -> str:
+    return content[:200].decode(errors="replace")
 
 
 def _retry_after(header: str | None) -> float | None:

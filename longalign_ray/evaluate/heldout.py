@@ -82,7 +82,7 @@ def score_heldout(cases: Sequence[EvalCase], predictions: Mapping[str, Predictio
     losses = [loss_sum / weight for loss_sum, weight in zip(sums, weights, strict=True)]
     groups = [f"<= {_power_of_two(case.num_tokens)}" for case in answered]
     details = {"token_loss": math.fsum(sums) / math.fsum(weights), "num_targets": int(sum(targets))}
-    return mean_score(TASK, "heldout_loss", losses, groups), details
+    return mean_score(TASK, "heldout_loss", losses, groups, cases=answered), details
 
 
 def _power_of_two(number: int) -> int:

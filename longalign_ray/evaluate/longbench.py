@@ -71,6 +71,7 @@ def score_longbench(
     """
     row_scores: dict[str, list[float | None]] = {}
     lengths: dict[str, list[int]] = {}
+    by_case: dict[str, dict[str, float]] = {}
     for case in cases:
         name, of_row = case.reference["set"], None
         if case.case_id in predictions:
@@ -80,11 +81,12 @@ def score_longbench(
                 answers=case.reference["answers"],
                 all_classes=case.reference["all_classes"],
             )
+            by_case.setdefault(name, {})[case.case_id] = of_row
         row_scores.setdefault(name, []).append(of_row)
         lengths.setdefault(name, []).append(case.reference["length"])
     scores = summed_up(row_scores, lengths)
     by_set = {name: score / 100 for name, score in scores.scores.items()}
-    score = TaskScore(TASK, "longbench", sum(by_set.values()) / len(by_set), len(predictions), by_set)
+    score = TaskScore(TASK, "longbench", sum(by_set.values()) / len(by_set), len(predictions), by_set, by_case)
     return score, {
         "scores": scores.scores,
         "category_scores": scores.category_scores,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,10 @@ def score_longbench_v2(
     right = [float(choice == case.reference["answer"]) for choice, case in zip(choices, answered, strict=True)]
     by_group: dict[str, float] = {}
     for field, names in GROUPS.items():
-        of_field = mean_score(TASK, field, right, [case.reference[field] for case in answered]).by_group
+        of_field = mean_score(TASK, field, right, [case.reference[field] for case in answered], cases=answered).by_group
         by_group |= {name: of_field[name] for name in names if name in of_field}
-    score = TaskScore(TASK, "longbench_v2_accuracy", sum(right) / len(right), len(right), by_group)
-    return score, {"no_choice": choices.count(None)}
+    score = mean_score(TASK, "longbench_v2_accuracy", right, ["all"] * len(right), cases=answered)
+    return replace(score, by_group=by_group), {"no_choice": choices.count(None)}
 
 
 def _request(text: str, max_tokens: int, seed: int) -> dict[str, Any]:

@@ -72,8 +72,8 @@ def score_longeval(
     answered = [case for case in cases if case.case_id in predictions]
     groups = [case.reference["group"] for case in answered]
     right = [is_right(predictions[case.case_id].text, case.reference["answer"]) for case in answered]
-    tokens = mean_score(TASK, "tokens", [case.num_tokens for case in answered], groups).by_group
-    score = mean_score(TASK, "longeval_accuracy", [float(one) for one in right], groups)
+    tokens = mean_score(TASK, "tokens", [case.num_tokens for case in answered], groups, cases=answered).by_group
+    score = mean_score(TASK, "longeval_accuracy", [float(one) for one in right], groups, cases=answered)
     return score, {"mean_prompt_tokens": tokens}
 
 

@@ -5,7 +5,8 @@ One cell of the grid, prompt tokens from left to right:
     | template, task | haystack to the depth | needle | haystack, cut at its end | question, template |
     |<------------------------------------- at most `length` ----------------------------------->|
 
-The haystack is cut at its end alone, so that the cells of a length share their prefix up to the needle.
+The haystack is cut at its end alone, so that the cells of a length share their prefix up to the needle. The deepest is
+asked first: it leaves the prefix of all others in the engine's cache.
 """
 
 from __future__ import annotations
@@ -94,9 +95,10 @@ def needle_cases(
                     path="/chat/completions",
                     request=request,
                     reference=needle.answer,
-                    document="haystack",
+                    document=f"haystack-{length}",
                     num_tokens=num_tokens,
                     attributes={"length": length, "depth": depth},
+                    shared_tokens=int(num_tokens * depth / 100),
                 )
             )
     return cases
@@ -123,7 +125,8 @@ def score_needle(cases: Sequence[EvalCase], predictions: Mapping[str, Prediction
         "grid": [[cell[depth, length] for length in lengths] for depth in depths],
         "exact": sum(exact) / len(exact),
     }
-    return mean_score(TASK, "needle_accuracy", [recall[case.case_id] for case in answered], by_length), details
+    values = [recall[case.case_id] for case in answered]
+    return mean_score(TASK, "needle_accuracy", values, by_length, cases=answered), details
 
 
 def _prompts(

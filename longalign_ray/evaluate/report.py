@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from longalign_ray.evaluate import page, sections
-from longalign_ray.evaluate.summary import BENCHMARK_TITLES, Summary, summarize
+from longalign_ray.evaluate.score_files import BENCHMARK_TITLES, shown
+from longalign_ray.evaluate.summary import Summary, summarize
 from longalign_ray.run_dir import RunDir, write_json
 
 
@@ -53,7 +54,7 @@ def summary_table(summary: Summary) -> str:
         rows["needle accuracy"] = ", ".join(f"{model} {score['value']:.1%}" for model, score in needle.items())
     for task, scores in summary["benchmarks"].items():
         rows[BENCHMARK_TITLES[task]] = ", ".join(
-            f"{model} {100 * score['value']:.1f}" for model, score in scores.items()
+            f"{model} {shown(task, score['value'])}" for model, score in scores.items()
         )
     dropped = {stage: sum(part["dropped_by_reason"].values()) for stage, part in summary["stages"].items()}
     rows["dropped"] = ", ".join(f"{stage} {number:,}" for stage, number in dropped.items() if number) or "nothing"

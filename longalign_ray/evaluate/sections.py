@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from longalign_ray.evaluate import page
 from longalign_ray.evaluate.charts import Bars, Line, bar_chart, bar_rows, line_chart, slot_bars
+from longalign_ray.evaluate.comparison import as_table
 from longalign_ray.evaluate.heat_map import heat_map, scale_legend
-from longalign_ray.evaluate.summary import BENCHMARK_TITLES, FILL_BINS, Summary
+from longalign_ray.evaluate.score_files import BENCHMARK_TITLES, shown, unit
+from longalign_ray.evaluate.summary import FILL_BINS, Summary
 from longalign_ray.evaluate.svg import short
 
 
@@ -58,25 +60,28 @@ def evaluation(summary: Summary) -> str:
     else:
         parts.append(page.missing("Held-out loss", summary["missing"]["heldout"]))
     explanation = "The same questions, asked of the served models before and after training."
+    if comparison := summary["comparison"]:
+        note = "95 % intervals by bootstrap over cases; a change is over the cases that both models answered, in pairs."
+        parts.append(page.figure("Scores and changes with their intervals", as_table(comparison), note))
     parts += [
-        _benchmark(title, summary["benchmarks"].get(task), summary["missing"].get(task))
-        for task, title in BENCHMARK_TITLES.items()
+        _benchmark(task, summary["benchmarks"].get(task), summary["missing"].get(task))
+        for task in BENCHMARK_TITLES
         if task in summary["benchmarks"] or task in summary["missing"]
     ]
     return page.section("What training changed", explanation, page.figures(*parts))
 
 
-def _benchmark(title: str, scores: Summary | None, missing: str | None) -> str:
-    """A row for the whole and one for each part of the benchmark, a column a model, in per cent."""
+def _benchmark(task: str, scores: Summary | None, missing: str | None) -> str:
+    """A row for the whole and one for each part of the benchmark, a column a model."""
     if scores is None:
-        return page.missing(title, missing or "")
+        return page.missing(BENCHMARK_TITLES[task], missing or "")
     parts = list(dict.fromkeys(part for score in scores.values() for part in score["by_group"]))
-    rows = [("all", *(f"{100 * score['value']:.1f}" for score in scores.values()))]
+    rows = [("all", *(shown(task, score["value"]) for score in scores.values()))]
     for part in parts:
         of_part = [score["by_group"].get(part) for score in scores.values()]
-        rows.append((part, *("–" if value is None else f"{100 * value:.1f}" for value in of_part)))
+        rows.append((part, *("–" if value is None else shown(task, value) for value in of_part)))
     answered = " ".join(dict.fromkeys(_answered(score) for score in scores.values()))
-    return page.figure(f"{title} (%)", page.table(("Part", *scores), rows), answered)
+    return page.figure(f"{BENCHMARK_TITLES[task]} ({unit(task)})", page.table(("Part", *scores), rows), answered)
 
 
 def _needle(model: str, score: Summary) -> str:

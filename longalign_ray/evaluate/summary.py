@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import yaml
 
 from longalign_ray.data.balance import imbalance
 from longalign_ray.data.make_plan import PlanSettings, plan_lengths
 from longalign_ray.data.plan import StepPlan
 from longalign_ray.data.store import ExampleIndex
-from longalign_ray.errors import LongAlignError
+from longalign_ray.errors import EvaluationError, LongAlignError
+from longalign_ray.evaluate.comparison import compare
+from longalign_ray.evaluate.score_files import BENCHMARK_TITLES, model_scores
 from longalign_ray.logs import read_metrics
 from longalign_ray.run_dir import STAGES, Manifest, RunDir
 
 Summary = dict[str, Any]
 
 FILL_BINS = 20
-# Tasks that are shown as tables; the name of a task's score files begins with it, and none begins with another's.
-BENCHMARK_TITLES = {"longbench": "LongBench", "longbench_v2": "LongBench v2", "longeval": "LongEval"}
 SERIES = ("step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds")
 
 
 def summarize(run_dir: RunDir) -> Summary:
-    """Sections `examples`, `packs`, `training`, `needle`, `heldout`, `benchmarks`, `stages`, `versions`.
+    """Sections `examples`, `packs`, `training`, `needle`, `heldout`, `comparison`, `benchmarks`, `stages`, `versions`.
 
     A section is null where its artefact does not exist or cannot be read; `missing` then says why, by section.
     `benchmarks` has the scores of the other tasks, by task and model; none is asked for unless a recipe names it.
@@ -50,6 +48,10 @@ def summarize(run_dir: RunDir) -> Summary:
         if summary[name] is None and name not in missing:
             missing[name] = f"not there yet; `longalign {stage}` makes it"
     summary["benchmarks"] = _benchmarks(run_dir, missing)
+    try:
+        summary["comparison"] = compare([run_dir]) or None
+    except EvaluationError:  # of a score file that its own section tells of
+        summary["comparison"] = None
     summary["stages"] = {
         manifest.stage: {
             "seconds": manifest.seconds,
@@ -206,16 +208,8 @@ def _benchmarks(run_dir: RunDir, missing: dict[str, str]) -> dict[str, Any]:
 
 
 def _scores(run_dir: RunDir, task: str) -> dict[str, Any] | None:
-    """Scores of each model, the one before training first."""
-    paths = sorted(run_dir.scores.glob(f"{task}-*.json"))
-    scores = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    order = _model_order(run_dir)
-    scores.sort(key=lambda score: order.index(score["model"]) if score["model"] in order else len(order))
-    return {score["model"]: score for score in scores} or None
-
-
-def _model_order(run_dir: RunDir) -> Sequence[str]:
-    try:
-        return yaml.safe_load(run_dir.config.read_text(encoding="utf-8"))["evaluate"]["models"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return ("base", "aligned")
+    """Scores of each model, the one before training first, less those of single cases."""
+    scores = model_scores(run_dir, task)
+    return {
+        model: {name: part for name, part in score.items() if name != "by_case"} for model, score in scores.items()
+    } or None

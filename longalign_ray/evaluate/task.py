@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,8 @@ class EvalCase:
     """One request of a benchmark.
 
     `path` and `request` are what is posted below the endpoint's base URL, less the model's name; `reference` is what
-    the scorer needs. Cases with the same `document` share a prompt prefix; `num_tokens` is the length of the prompt.
+    the scorer needs. Cases with the same `document` share a prompt prefix; `num_tokens` is the length of the prompt,
+    `shared_tokens` about how much of it another case may have too, where cases share unequal parts.
     """
 
     case_id: str
@@ -26,6 +27,7 @@ class EvalCase:
     document: str
     num_tokens: int
     attributes: dict[str, float] = field(default_factory=dict)
+    shared_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +48,17 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
-    """A metric over the answered cases of a task; `by_group` splits it, for instance by length."""
+    """A metric over the answered cases of a task; `by_group` splits it, for instance by length.
+
+    `by_case` has what it is made of: the value is the mean over the parts of the means of their cases.
+    """
 
     task: str
     metric: str
     value: float
     num_cases: int
     by_group: dict[str, float]
+    by_case: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,25 +83,29 @@ def read_text(case: EvalCase, answer: dict[str, Any]) -> Prediction:
     """The text of a completion or a chat completion. KeyError, IndexError or TypeError where the answer is neither."""
     choice = answer["choices"][0]
     text = choice["message"]["content"] if case.path == "/chat/completions" else choice["text"]
-    return Prediction(case.case_id, text or "", choice["finish_reason"] or "")
+    return Prediction(case.case_id, text or "", choice["finish_reason"] or "", _usage(answer))
 
 
-def in_asking_order(cases: Iterable[EvalCase]) -> list[EvalCase]:
-    """Cases with those of one document side by side, the longest document first.
-
-    Long requests first leave no straggler at the end; neighbours of one document find its prefix in the engine's cache.
-    """
-    cases = list(cases)
-    longest: dict[str, int] = {}
-    for case in cases:
-        longest[case.document] = max(longest.get(case.document, 0), case.num_tokens)
-    return sorted(cases, key=lambda case: (-longest[case.document], case.document, -case.num_tokens))
+def _usage(answer: dict[str, Any]) -> dict[str, float]:
+    """The numbers of tokens, where the endpoint tells them."""
+    usage = answer.get("usage")
+    known = usage if isinstance(usage, dict) else {}
+    names = ("prompt_tokens", "completion_tokens")
+    return {name: known[name] for name in names if isinstance(known.get(name), int | float)}
 
 
-def mean_score(task: str, metric: str, values: Sequence[float], groups: Sequence[str]) -> TaskScore:
-    """Mean of `values`, whole and within each group; groups keep the order of their first appearance."""
+def judgement_id(case_id: str, number: int) -> str:
+    """The name of the judge's reply `number` to the answer of a case."""
+    return f"{case_id}#{number}"
+
+
+def mean_score(
+    task: str, metric: str, values: Sequence[float], groups: Sequence[str], *, cases: Sequence[EvalCase]
+) -> TaskScore:
+    """Mean of the values of the cases, whole and within each group; groups keep the order of their first appearance."""
     members: dict[str, list[float]] = {}
     for value, group in zip(values, groups, strict=True):
         members.setdefault(group, []).append(value)
     by_group = {group: sum(part) / len(part) for group, part in members.items()}
-    return TaskScore(task, metric, sum(values) / len(values), len(values), by_group)
+    by_case = {"all": {case.case_id: value for case, value in zip(cases, values, strict=True)}}
+    return TaskScore(task, metric, sum(values) / len(values), len(values), by_group, by_case)

@@ -162,7 +162,9 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(
 
 
 def test_subcommands_without_a_file_of_their_own_are_stages() -> None:
-    assert all(callable(getattr(stages, name)) for name in set(HELP) - {"doctor", "plan", "inspect", "score"})
+    assert all(
+        callable(getattr(stages, name)) for name in set(HELP) - {"doctor", "plan", "inspect", "score", "compare"}
+    )
     assert issubclass(LongAlignError, Exception)
 
 

@@ -81,7 +81,7 @@ def stub_server(
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            reply = stub.reply(body | {"path": self.path})
+            reply = stub.reply(body | {"path": self.path, "headers": dict(self.headers)})
             if reply.drop:
                 self.close_connection = True
                 return

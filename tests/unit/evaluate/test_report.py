@@ -101,8 +101,14 @@ def write_artefacts(run_dir: RunDir) -> None:
     run_dir.metrics.write_text("".join(json.dumps(step) + "\n" for step in steps), encoding="utf-8")
     for model, cells, loss in (("after", [[0.75, 1.0]], 1.625), ("zero", [[0.25, None]], 2.125)):
         answered = [cell for cell in cells[0] if cell is not None]
-        common = {"model": model, "failed_by_reason": {} if model == "after" else {"timeout": 1}}
-        needle = {"value": sum(answered) / len(answered), "num_cases": len(answered), "exact": 0.5, "grid": cells}
+        common = {"model": model, "metric": "m", "failed_by_reason": {} if model == "after" else {"timeout": 1}}
+        needle = {
+            "metric": "needle_accuracy",
+            "value": sum(answered) / len(answered),
+            "num_cases": len(answered),
+            "exact": 0.5,
+            "grid": cells,
+        }
         write_json(run_dir.scores / f"needle-{model}.json", common | needle | {"lengths": [512, 1024], "depths": [50]})
         heldout = {"value": loss, "num_cases": 1, "token_loss": loss + 1, "num_targets": 11}
         write_json(run_dir.scores / f"heldout-{model}.json", common | heldout)

@@ -85,6 +85,7 @@ def test_scores_of_both_models(tmp_path: Path, tokenizer: Any):
     }
     assert scores(tmp_path, "needle-aligned")["grid"] == [[1.0, 1.0]] * 3
     assert scores(tmp_path, "heldout-base")["num_cases"] == 3
+    assert scores(tmp_path, "heldout-base")["by_case"] == {"all": {"0:e6": 2.0, "1:e4": 2.0, "2:e9": 2.0}}
     assert len(lines(tmp_path, "needle-base")) == 6
     assert len(stub.asked) == NUM_CASES
 
@@ -102,8 +103,14 @@ def test_long_cases_go_first_and_no_more_are_in_flight_than_allowed(tmp_path: Pa
     assert (counts["answered"], failed) == (NUM_CASES, {})
     with stub_server(good) as stub:
         run(settings(concurrency=1, models=("base",), heldout_loss=False), tmp_path / "b", stub.base_url, tokenizer)
-    sizes = [len(body["messages"][0]["content"]) for body in stub.asked]
-    assert sizes == sorted(sizes, reverse=True)
+    cells = [
+        (len(body["messages"][0]["content"]) > 1_200, NEEDLE.fact in body["messages"][0]["content"][-300:])
+        for body in stub.asked
+    ]
+    assert cells == [(True, True), (True, False), (True, False), (False, True), (False, False), (False, False)]
+    assert [body["headers"]["x-session-id"] for body in stub.asked] == ["needle-haystack-1500"] * 3 + [
+        "needle-haystack-1000"
+    ] * 3
 
 
 def test_a_rate_limited_failing_server_loses_nothing(tmp_path: Path, tokenizer: Any):

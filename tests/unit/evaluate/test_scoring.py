@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from longalign_ray.evaluate.scoring import contains_phrase, content_recall, content_words, words
-from longalign_ray.evaluate.task import EvalCase, in_asking_order, mean_score
+from longalign_ray.evaluate.task import EvalCase, mean_score
 
 
 def test_words_are_case_folded_and_free_of_punctuation():
@@ -36,15 +36,8 @@ def test_contains_phrase():
     assert not contains_phrase("a red millstone", phrase="red mill")
 
 
-def case(name: str, document: str, num_tokens: int) -> EvalCase:
-    return EvalCase(name, "t", "/x", {}, None, document, num_tokens)
-
-
-def test_documents_stay_together_the_longest_first():
-    cases = [case("1", "a", 10), case("2", "b", 50), case("3", "a", 90), case("4", "c", 70), case("5", "b", 60)]
-    assert [item.case_id for item in in_asking_order(cases)] == ["3", "1", "4", "5", "2"]
-
-
 def test_mean_score():
-    score = mean_score("t", "m", [1.0, 0.0, 0.5], ["x", "y", "x"])
+    cases = [EvalCase(name, "t", "/x", {}, None, "d", 9) for name in "123"]
+    score = mean_score("t", "m", [1.0, 0.0, 0.5], ["x", "y", "x"], cases=cases)
+    assert score.by_case == {"all": {"1": 1.0, "2": 0.0, "3": 0.5}}
     assert (score.value, score.num_cases, score.by_group) == (0.5, 3, {"x": 0.75, "y": 0.0})
