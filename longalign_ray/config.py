@@ -10,6 +10,7 @@ import warnings
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -35,6 +36,15 @@ class Section(BaseModel):
     """Base of every section: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _key_place(name: str) -> AfterValidator:
+    def check(value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(KEY_PLACE, value):  # which may be a key, so it is not repeated
+            raise ValueError(f"{name} takes a place, env:NAME or file:PATH, and never a key itself")
+        return value
+
+    return AfterValidator(check)
 
 
 def _whole_or_range(name: str, value: Any, *, of: str) -> Any:
@@ -454,7 +464,7 @@ class ServeConfig(Section):
 
     host: str = "127.0.0.1"
     """Address to bind; 0.0.0.0 is open to other machines, and then api_keys should be set."""
-    api_keys: str | None = None
+    api_keys: Annotated[str | None, _key_place("serve.api_keys")] = None
     """Where the keys are that clients may send, `env:NAME` or `file:PATH`, separated by white space; never a key
     itself. Without, every client is answered. /health needs no key."""
     port: Annotated[int, Field(ge=1, le=65_535)] = 8_000
@@ -529,13 +539,6 @@ class ServeConfig(Section):
     @property
     def max_replicas(self) -> int:
         return self.num_replicas if isinstance(self.num_replicas, int) else self.num_replicas[1]
-
-    @field_validator("api_keys")
-    @classmethod
-    def _no_key(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(KEY_PLACE, value):  # which may be a key, so it is not repeated
-            raise ValueError("serve.api_keys takes a place, env:NAME or file:PATH, and never a key itself")
-        return value
 
 
 class NeedleConfig(Section):
@@ -622,8 +625,8 @@ class JudgeConfig(Section):
     """Base URL, such as https://HOST/v1."""
     model: str
     """The judge's name there."""
-    api_key_env: str | None = None
-    """Environment variable that holds the key; none: no key is sent. The key itself never stands in a recipe."""
+    api_key: Annotated[str | None, _key_place("evaluate.judge.api_key")] = None
+    """Where the key is, `env:NAME` or `file:PATH`; none: no key is sent."""
     replay: str | None = None
     """Recorded replies in place of the endpoint: a file `*.judgements.jsonl` of an earlier run."""
     temperature: Annotated[float, Field(ge=0.0)] = 0.0
@@ -653,7 +656,7 @@ class EvaluateConfig(Section):
 
     endpoint: str | None = None
     """Base URL of a running OpenAI-compatible server; none: the recipe's own application is started."""
-    api_key: str | None = None
+    api_key: Annotated[str | None, _key_place("evaluate.api_key")] = None
     """Where the key for `endpoint` is, `env:NAME` or `file:PATH`; the recipe's own application takes serve.api_keys."""
     models: tuple[str, ...] = ("base", "aligned")
     """Model names asked of the endpoint."""
@@ -677,13 +680,6 @@ class EvaluateConfig(Section):
     """The model that rates the answers of the tasks that are judged."""
     heldout_loss: bool = True
     """Loss of the held-out examples, from the log-probabilities that the endpoint returns."""
-
-    @field_validator("api_key")
-    @classmethod
-    def _no_key(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(KEY_PLACE, value):
-            raise ValueError("evaluate.api_key takes a place, env:NAME or file:PATH, and never a key itself")
-        return value
 
     @model_validator(mode="after")
     def _judged_tasks_have_a_judge(self) -> EvaluateConfig:

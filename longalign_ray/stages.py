@@ -265,9 +265,9 @@ def evaluate(config: RunConfig, run_dir: RunDir) -> Manifest:
 
 
 def _first_key(place: str | None) -> str | None:
-    from longalign_ray.serve.api_keys import read_keys
+    from longalign_ray.api_keys import read_key
 
-    return read_keys(place)[0] if place else None
+    return read_key(place) if place else None
 
 
 def _evaluation_cases(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:

@@ -7,12 +7,12 @@ recorded judge reads: a run can be scored again without a call.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longalign_ray.api_keys import read_key
 from longalign_ray.config import JudgeConfig
 from longalign_ray.errors import EvaluationError
 from longalign_ray.evaluate.endpoint import Endpoint, RequestFailed
@@ -63,18 +63,11 @@ def judge_case(config: JudgeConfig, case: EvalCase, number: int, messages: Seque
 def open_judge(config: JudgeConfig) -> Endpoint | RecordedJudge:
     """A judge to post requests to, as an async context manager.
 
-    Raises EvaluationError where the record cannot be read or the environment lacks the key.
+    Raises EvaluationError where the record cannot be read, ServingError where the key cannot.
     """
     if config.replay is not None:
         return RecordedJudge(Path(config.replay))
-    key = None
-    if config.api_key_env is not None:
-        key = os.environ.get(config.api_key_env, "").strip()
-        if not key:
-            raise EvaluationError(
-                f"evaluate.judge.api_key_env: the environment variable {config.api_key_env} is not set: set it to the "
-                f"key of {config.endpoint}, or leave the setting out if that needs none"
-            )
+    key = None if config.api_key is None else read_key(config.api_key)
     return Endpoint(
         config.endpoint or "",
         timeout_seconds=config.request_timeout_seconds,

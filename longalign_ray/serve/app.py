@@ -19,10 +19,10 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from longalign_ray.api_keys import digests, read_keys
 from longalign_ray.config import ServeConfig
 from longalign_ray.data.template import absolute_template
 from longalign_ray.errors import ServingError
-from longalign_ray.serve.api_keys import digests, read_keys
 from longalign_ray.serve.remote_engine import RemoteEngine
 from longalign_ray.serve.replica import EngineReplica
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from longalign_ray.api_keys import is_known
 from longalign_ray.serve.api_errors import error_response
-from longalign_ray.serve.api_keys import is_known
 from longalign_ray.serve.document_page import PAGE_FILES
 from longalign_ray.serve.schema import ApiError
 

@@ -20,9 +20,9 @@ from typing import Any
 import httpx
 import pytest
 
+from longalign_ray.api_keys import digests
 from longalign_ray.config import ServeConfig
 from longalign_ray.errors import ServingError
-from longalign_ray.serve.api_keys import digests
 from tests.unit.serve.test_api import BrokenEngine
 from tests.unit.serve.test_document_page import pdf_of
 

@@ -17,6 +17,7 @@ LAYERS = {
     "config": 2,
     "run_dir": 2,
     "logs": 2,
+    "api_keys": 2,
     "data": 3,
     "construct": 3,
     "evaluate.scoring": 3,

@@ -9,7 +9,7 @@ import pytest
 
 from longalign_ray.cli import main
 from longalign_ray.config import JudgeConfig
-from longalign_ray.errors import EvaluationError
+from longalign_ray.errors import EvaluationError, ServingError
 from longalign_ray.evaluate.agreement import Agreement, agreement
 from longalign_ray.evaluate.endpoint import RequestFailed
 from longalign_ray.evaluate.judge import PATH, JudgeCost, judge_case, judge_cost, judge_digest, open_judge
@@ -131,7 +131,7 @@ def test_the_key_comes_from_the_environment_and_goes_with_each_request(monkeypat
         return chat(f"{body['headers'].get('Authorization')} [[7]]")
 
     with stub_server(behave) as stub:
-        config = JudgeConfig(endpoint=stub.base_url, model="judge", api_key_env="JUDGE_KEY")
+        config = JudgeConfig(endpoint=stub.base_url, model="judge", api_key="env:JUDGE_KEY")
         monkeypatch.setenv("JUDGE_KEY", "secret\n")
         answer = post(config, request(config))
         assert answer["choices"][0]["message"]["content"] == "Bearer secret [[7]]"
@@ -141,7 +141,7 @@ def test_the_key_comes_from_the_environment_and_goes_with_each_request(monkeypat
             "max_tokens": 256,
         }
         monkeypatch.delenv("JUDGE_KEY")
-        with pytest.raises(EvaluationError, match="variable JUDGE_KEY is not set"):
+        with pytest.raises(ServingError, match="environment variable JUDGE_KEY holds no API key"):
             post(config, request(config))
 
 

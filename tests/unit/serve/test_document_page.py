@@ -13,10 +13,10 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
+from longalign_ray.api_keys import digests
 from longalign_ray.config import ServeConfig
 from longalign_ray.serve import document_page, pdf_reader
 from longalign_ray.serve.api import build_api
-from longalign_ray.serve.api_keys import digests
 
 PDF = {"Content-Type": "application/pdf"}
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from longalign_ray.api_keys import digests, is_known, read_keys
 from longalign_ray.config import ServeConfig
 from longalign_ray.config_load import load_config
 from longalign_ray.errors import ConfigError, ServingError
-from longalign_ray.serve.api_keys import digests, is_known, read_keys
 from longalign_ray.serve.engine import GenerationEvent, Sampling, Token
 from tests.unit.serve.test_api import CHAT, CONFIG, client_of, events_of
 
@@ -49,9 +49,9 @@ def test_wrong_keys_are_refused_and_not_shown(text, words, tmp_path: Path):
     assert "secret" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["serve.api_keys", "evaluate.api_key"])
+@pytest.mark.parametrize("name", ["serve.api_keys", "evaluate.api_key", "evaluate.judge.api_key"])
 def test_key_in_the_recipe_is_refused_and_not_shown(name, tmp_path: Path):
-    (tmp_path / "r.yaml").write_text("run_dir: runs/x")
+    (tmp_path / "r.yaml").write_text("{run_dir: runs/x, evaluate: {judge: {endpoint: http://x/v1, model: m}}}")
     with pytest.raises(ConfigError, match=f"{name} takes a place, env:NAME or file:PATH") as refused:
         load_config(tmp_path / "r.yaml", [f"{name}=sk-secret"])
     assert "sk-secret" not in str(refused.value)

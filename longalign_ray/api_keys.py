@@ -13,7 +13,12 @@ from longalign_ray.errors import ServingError
 MIN_KEY_CHARS = 16
 
 
-def read_keys(place: str) -> tuple[str, ...]:
+def read_key(place: str) -> str:
+    """The key that a client sends, the first one there. Raises ServingError where there is none."""
+    return read_keys(place, min_chars=1)[0]
+
+
+def read_keys(place: str, *, min_chars: int = MIN_KEY_CHARS) -> tuple[str, ...]:
     """The keys at `env:NAME` or `file:PATH`, separated by white space.
 
     Raises ServingError, without showing any of it, where there are none or one is too short or not ASCII.
@@ -33,9 +38,9 @@ def read_keys(place: str) -> tuple[str, ...]:
     if not keys:
         raise ServingError(f"{what} holds no API key: put one there, for example from `openssl rand -hex 24`")
     for number, key in enumerate(keys, start=1):
-        if len(key) < MIN_KEY_CHARS or not key.isascii():
+        if len(key) < min_chars or not key.isascii():
             raise ServingError(
-                f"key {number} of {len(keys)} in {what} has {len(key)} characters; give at least {MIN_KEY_CHARS}, all "
+                f"key {number} of {len(keys)} in {what} has {len(key)} characters; give at least {min_chars}, all "
                 "ASCII, for example from `openssl rand -hex 24`"
             )
     return keys
