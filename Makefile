@@ -40,7 +40,7 @@ quickstart: setup
 	$(BIN)/longalign run jobs/recipes/quickstart.yaml $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # vLLM beside the project's packages as they are: its own list would replace torch and transformers.
 $(VLLM)/installed: $(STAMP) tests/vllm/requirements.txt
