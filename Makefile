@@ -2,7 +2,7 @@
 #   make quickstart                     the whole pipeline on this machine, into runs/quickstart
 #   make quickstart ARGS="train.max_steps=4"   settings that replace the recipe's
 #   make test ARGS="-k packing"         tests, or some of them
-#   make lint   make bench   make setup
+#   make lint   make setup   make bench   make bench ARGS="packers plan_scale"
 #   make test-vllm                      the tests of the vLLM engine, with vLLM's build for CPUs in .venv-vllm
 #   make PYTHON=python3.12 setup        another interpreter
 
@@ -60,7 +60,7 @@ lint: setup
 	$(BIN)/pyright
 
 bench: setup
-	@failed=""; for script in tests/benchmarks/*.py; do \
+	@failed=""; for script in $(if $(ARGS),$(ARGS:%=tests/benchmarks/%.py),tests/benchmarks/*.py); do \
 	    case $$script in */__init__.py) continue;; esac; \
 	    echo "## $$script"; PYTHONPATH=. $(BIN)/python $$script || failed="$$failed $$script"; echo; done; \
 	    test -z "$$failed" || { echo "missed its goal or failed:$$failed" >&2; exit 1; }
