@@ -162,6 +162,15 @@ def test_prompt_and_answer_must_fit_the_context(model):
     assert full.post("/v1/chat/completions", json={**CHAT, "max_tokens": None}).status_code == 400
 
 
+def test_limits_of_the_recipe_hold_to_the_token(client):
+    def status(prompt_tokens: int, max_tokens: int) -> int:
+        body = {"model": "tiny", "prompt": "x" * prompt_tokens, "temperature": 0, "max_tokens": max_tokens}
+        return client.post("/v1/completions", json=body).status_code
+
+    assert [status(300, 1), status(301, 1)] == [200, 400]
+    assert [status(3, 64), status(3, 65)] == [200, 400]
+
+
 def test_seed_repeats_and_max_completion_tokens_wins(client):
     body = {**CHAT, "temperature": 1.3, "top_p": 0.9, "seed": 5, "max_completion_tokens": 20}
     first, again, other = (
