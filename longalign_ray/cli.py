@@ -35,7 +35,7 @@ HELP = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command `longalign`; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     configure_logging()
     try:
         return _run(arguments)
@@ -55,6 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.exception("traceback:")
         logger.error("`%s` failed with %s: %s", arguments.command, type(error).__name__, error)
         return 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments. Settings may stand behind options too, where argparse alone would not take them."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-") or "overrides" not in arguments]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
             _inspect_arguments(command)
         elif name == "serve":
             command.add_argument("--write-config", metavar="FILE", help="write a config for `serve deploy` and end")
+        elif name == "evaluate":
+            _estimate_arguments(command)
     return parser
 
 
@@ -104,6 +118,12 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--out", metavar="plan.npz", help="write the plan")
+
+
+def _estimate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--estimate", action="store_true", help="tokens and GPU hours of each task; nothing is asked")
+    parser.add_argument("--tflops", type=float, default=200, metavar="T", help="TFLOP/s of a GPU, assumed (200)")
+    parser.add_argument("--bandwidth", type=float, default=1_500, metavar="GB", help="GB/s of its memory (1500)")
 
 
 def _score_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,6 +179,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
         console = Console()
         console.print(inspect(arguments, colour=console.is_terminal), soft_wrap=True)
+        return 0
+    if arguments.command == "evaluate" and arguments.estimate:
+        from longalign_ray.estimate_command import describe_estimate
+
+        print(describe_estimate(arguments))
         return 0
     config, run_dir = stages.open_run(arguments.recipe, arguments.overrides)
     if arguments.command == "serve" and arguments.write_config:

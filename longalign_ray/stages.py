@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longalign_ray.config import DEFAULT_SOURCE, RunConfig, SourceConfig
 from longalign_ray.config_load import dump_config, load_config
@@ -23,6 +23,9 @@ from longalign_ray.errors import CheckpointError, ConfigError, LongAlignError, P
 from longalign_ray.model_source import local_model_dir
 from longalign_ray.run_dir import Manifest, RunDir, write_json
 from longalign_ray.stage_state import changed_settings, first_run_dir, is_done, resume_digest, stage_digest
+
+if TYPE_CHECKING:
+    from longalign_ray.evaluate.task import EvalCase
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +242,7 @@ def evaluate(config: RunConfig, run_dir: RunDir) -> Manifest:
     from longalign_ray.serve.app import running_app
 
     def work() -> Manifest:
-        cases = _evaluation_cases(config, run_dir)  # first: what is missing is told before servers start
+        cases = evaluation_cases(config, run_dir)  # first: what is missing is told before servers start
         if config.evaluate.endpoint is not None:
             counts, dropped = ask(
                 config.evaluate,
@@ -270,17 +273,19 @@ def _first_key(place: str | None) -> str | None:
     return read_key(place) if place else None
 
 
-def _evaluation_cases(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
-    """The cases of each benchmark."""
+def evaluation_cases(config: RunConfig, run_dir: RunDir) -> dict[str, list[EvalCase]]:
+    """The cases of each benchmark; those of the held-out loss need what `prepare` has written."""
     from longalign_ray.data.store import TokenStore
     from longalign_ray.data.template import load_tokenizer
     from longalign_ray.evaluate.benchmarks import task_cases
     from longalign_ray.evaluate.haystack import default_haystack
     from longalign_ray.evaluate.task import TaskInputs
 
-    _need(run_dir.store, "prepare")
-    store = TokenStore(run_dir.store)
-    heldout = [store.example(int(row)) for row in store.index.heldout.nonzero()[0]]
+    heldout = []
+    if config.evaluate.heldout_loss:
+        _need(run_dir.store, "prepare", otherwise="or leave the held-out loss out with evaluate.heldout_loss=false")
+        store = TokenStore(run_dir.store)
+        heldout = [store.example(int(row)) for row in store.index.heldout.nonzero()[0]]
     longest = max(config.evaluate.needle.lengths) if config.evaluate.needle else 0
     tokenizer = load_tokenizer(local_model_dir(config.model.path), chat_template=config.model.chat_template)
     haystack = default_haystack(config.seed, min_chars=8 * longest)
@@ -392,9 +397,9 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in PACKAGES}
 
 
-def _need(path: Path, stage: str) -> None:
+def _need(path: Path, stage: str, *, otherwise: str = "or `longalign run` for all stages") -> None:
     if not path.exists():
-        raise LongAlignError(f"{path} does not exist: run `longalign {stage}` first, or `longalign run` for all stages")
+        raise LongAlignError(f"{path} does not exist: run `longalign {stage}` first, {otherwise}")
 
 
 def _recipe(config: RunConfig, prepared: str | None) -> dict[str, Any]:

@@ -200,3 +200,40 @@ def test_jobs_report_like_the_command(job: str, tmp_path: Path) -> None:
     assert found.returncode == 2
     assert "cannot read the recipe none.yaml" in found.stderr
     assert "Traceback" not in found.stderr
+
+
+def test_settings_may_stand_behind_options(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "prepare", recipe, "--dry-run", "train.epochs=7")
+    assert code == 0
+    assert "epochs: 7" in out
+    code, _, err = run(capsys, "prepare", recipe, "--dryrun", "train.epochs=7")
+    assert code == 2
+    assert "unrecognized arguments: --dryrun" in err
+    code, _, err = run(capsys, "score", "longbench", "here", "train.epochs=7")
+    assert code == 2
+    assert "unrecognized arguments: train.epochs=7" in err
+
+
+def test_estimate_of_an_evaluation_needs_no_server(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"run_dir: {tmp_path / 'run'}\nmodel: {{path: {tiny_model_dir}}}\n"
+        "evaluate: {needle: {lengths: [700], depths: [10, 50], max_new_tokens: 8}, models: [aligned]}\n"
+    )
+    code, _, err = run(capsys, "evaluate", recipe, "--estimate")
+    assert code == 1
+    assert "run `longalign prepare` first, or leave the held-out loss out with evaluate.heldout_loss=false" in err
+    code, out, _ = run(capsys, "evaluate", recipe, "--estimate", "evaluate.heldout_loss=false")
+    assert code == 0
+    task, cases, documents, prompt, computed, answers, _ = [
+        cell.strip() for cell in out.splitlines()[2].split("|")[1:-1]
+    ]
+    assert (task, cases, documents, answers) == ("needle", "2", "1", "16")
+    assert 1_300 < int(prompt.replace(",", "")) <= 1_400
+    assert int(computed.replace(",", "")) < int(prompt.replace(",", "")) - 60  # a tenth of a haystack is shared
+    assert not (tmp_path / "run").exists()
+    code, _, err = run(capsys, "evaluate", recipe, "--estimate", "--tflops", "0")
+    assert code == 2
+    assert "--tflops = 0: give a rate above 0" in err

@@ -56,6 +56,7 @@ LAYERS = {
     "plan_memory": 7,
     "inspect_command": 7,
     "score_command": 7,
+    "estimate_command": 7,
     "cli": 7,
     "doctor": 7,
 }
