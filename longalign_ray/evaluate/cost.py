@@ -7,9 +7,10 @@ weights once for all requests of a batch, and the request's own keys and values.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
+from itertools import takewhile
+from operator import eq
 from typing import Any
 
 from longalign_ray.data.cost import SequenceCost
@@ -71,7 +72,8 @@ def task_cost(cases: Sequence[EvalCase], cost: SequenceCost, shape: ModelShape, 
 def shared_prefix(first: EvalCase, other: EvalCase) -> int:
     """About how many tokens of the other's prompt the first one begins with too, by their texts."""
     ours, theirs = _prompt(other), _prompt(first)
-    return int(other.num_tokens * len(os.path.commonprefix([ours, theirs])) / max(len(ours), 1))
+    alike = sum(1 for _ in takewhile(bool, map(eq, ours, theirs)))
+    return int(other.num_tokens * alike / max(len(ours), 1))
 
 
 def _prompt(case: EvalCase) -> Any:
@@ -94,7 +96,7 @@ def cost_table(costs: Mapping[str, TaskCost], *, num_models: int, rates: Serving
         *counts, hours = astuple(cost)
         lines.append(f"| {' | '.join([name, *(f'{count:,}' for count in counts), f'{hours:.2f}'])} |")
     lines.append(
-        f"\nAnswers as long as they may be; assumed: {rates.tflops:g} TFLOP/s for prompts, {rates.bandwidth:g} GB/s and "
-        f"{rates.batch} requests at a time for answers, bf16. Judges and requests that follow an answer are not counted."
+        f"\nAnswers as long as they may be. Assumed: {rates.tflops:g} TFLOP/s for prompts, {rates.bandwidth:g} GB/s "
+        f"and {rates.batch} requests at a time for answers, bf16. Judges and follow-up requests are not counted."
     )
     return "\n".join(lines)
