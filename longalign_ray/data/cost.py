@@ -16,7 +16,7 @@ class SequenceCost:
     linear: float
     quadratic: float
 
-    def __call__(self, lengths: np.ndarray) -> np.ndarray:
+    def __call__(self, lengths: np.ndarray | int) -> np.ndarray:
         """float64, the shape of `lengths`."""
         exact = np.asarray(lengths, dtype=np.float64)
         return self.linear * exact + self.quadratic * exact * exact
