@@ -15,6 +15,7 @@ from longalign_ray.evaluate import longbench_chat as longbench_chat_task
 from longalign_ray.evaluate import longbench_v2 as longbench_v2_task
 from longalign_ray.evaluate import longeval as longeval_task
 from longalign_ray.evaluate import needle as needle_task
+from longalign_ray.evaluate import ruler as ruler_task
 from longalign_ray.evaluate.task import EvalCase, Prediction, TaskInputs, TaskScore, read_text
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,12 @@ class Benchmark:
 def _needle(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | None:
     return config.needle and needle_task.needle_cases(
         config.needle, haystack=inputs.haystack, tokenizer=inputs.tokenizer, seed=inputs.seed
+    )
+
+
+def _ruler(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | None:
+    return config.ruler and ruler_task.ruler_cases(
+        config.ruler, haystack=inputs.haystack, tokenizer=inputs.tokenizer, seed=inputs.seed
     )
 
 
@@ -79,6 +86,11 @@ BENCHMARKS = {
     needle_task.TASK: Benchmark(_needle, needle_task.score_needle, in_manifest={"exact": "needle_exact"}),
     heldout_task.TASK: Benchmark(
         _heldout, heldout_task.score_heldout, heldout_task.read_answer, in_manifest={"token_loss": "heldout_token_loss"}
+    ),
+    ruler_task.TASK: Benchmark(
+        _ruler,
+        ruler_task.score_ruler,
+        in_manifest={"effective_length": "ruler_effective_length", "num_tasks": "ruler_tasks"},
     ),
     longbench_task.TASK: Benchmark(
         _longbench, longbench_task.score_longbench, write_published=longbench_task.write_longbench
