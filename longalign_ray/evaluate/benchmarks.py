@@ -14,6 +14,7 @@ from longalign_ray.evaluate import longbench as longbench_task
 from longalign_ray.evaluate import longbench_chat as longbench_chat_task
 from longalign_ray.evaluate import longbench_v2 as longbench_v2_task
 from longalign_ray.evaluate import longeval as longeval_task
+from longalign_ray.evaluate import mt_bench as mt_bench_task
 from longalign_ray.evaluate import needle as needle_task
 from longalign_ray.evaluate import ruler as ruler_task
 from longalign_ray.evaluate.task import EvalCase, Prediction, TaskInputs, TaskScore, read_text
@@ -30,7 +31,7 @@ class Benchmark:
     the predictions into a directory in the benchmark's own format, for other scorers. `second_request` makes the
     request that follows a first answer, whose text it is given; the second answer is then the prediction.
     `judge_messages` makes the conversations with the judge about an answer; its replies are then among the predictions
-    that `score` is given, each under its `judgement_id`.
+    that `score` is given, each under its `judgement_id`, and of `judge_max_tokens` unless the settings say otherwise.
     """
 
     make_cases: Callable[[EvaluateConfig, TaskInputs], list[EvalCase] | None]
@@ -40,6 +41,7 @@ class Benchmark:
     write_published: Callable[[Path, Sequence[EvalCase], Mapping[str, Prediction]], None] | None = None
     second_request: Callable[[EvalCase, str], dict[str, Any] | None] = lambda case, text: None
     judge_messages: Callable[[EvalCase, Prediction], list[list[dict[str, str]]]] | None = None
+    judge_max_tokens: int = 256
 
 
 def _needle(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | None:
@@ -82,6 +84,12 @@ def _longbench_chat(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase
     )
 
 
+def _mt_bench(config: EvaluateConfig, inputs: TaskInputs) -> list[EvalCase] | None:
+    return config.mt_bench and mt_bench_task.mt_bench_cases(
+        config.mt_bench, tokenizer=inputs.tokenizer, seed=inputs.seed
+    )
+
+
 BENCHMARKS = {
     needle_task.TASK: Benchmark(_needle, needle_task.score_needle, in_manifest={"exact": "needle_exact"}),
     heldout_task.TASK: Benchmark(
@@ -104,6 +112,13 @@ BENCHMARKS = {
     longeval_task.TASK: Benchmark(_longeval, longeval_task.score_longeval),
     longbench_chat_task.TASK: Benchmark(
         _longbench_chat, longbench_chat_task.score_longbench_chat, judge_messages=longbench_chat_task.judge_messages
+    ),
+    mt_bench_task.TASK: Benchmark(
+        _mt_bench,
+        mt_bench_task.score_mt_bench,
+        second_request=mt_bench_task.second_request,
+        judge_messages=mt_bench_task.judge_messages,
+        judge_max_tokens=2_048,
     ),
 }
 

@@ -127,7 +127,7 @@ def _tell_cost(config: JudgeConfig, cases: Mapping[str, list[EvalCase]], *, num_
                 calls = int(case.attributes["judge_calls"])
                 longest = case.attributes["judge_tokens"] / calls + case.request["max_tokens"]
                 prompts += [math.ceil(longest)] * calls * num_models
-                completions += [config.max_new_tokens] * calls * num_models
+                completions += [config.max_new_tokens or BENCHMARKS[task].judge_max_tokens] * calls * num_models
     where = config.endpoint or f"no call, as {config.replay} has the replies"
     cost = judge_cost(config, prompts, completions)
     logger.info("judge %s (%s): at most %s", config.model, where, cost.describe())
@@ -143,7 +143,7 @@ async def _judge(
         if messages is None:
             continue
         cases = [
-            judge_case(config, case, one, conversation)
+            judge_case(config, case, one, conversation, max_tokens=BENCHMARKS[sheet.task].judge_max_tokens)
             for case in sheet.cases
             if case.case_id in sheet.predictions.found
             for one, conversation in enumerate(messages(case, sheet.predictions.found[case.case_id]))
@@ -206,7 +206,7 @@ async def _ask(endpoint: Endpoint | RecordedJudge, sheet: _Sheet, case: EvalCase
         second = BENCHMARKS[case.task].second_request(case, prediction.text)
         if second is not None:
             answer = await endpoint.post(case.path, {"model": sheet.model, **second}, headers=headers)
-            prediction = replace(_read_answer(case, answer), thoughts=prediction.text)
+            prediction = replace(_read_answer(case, answer), first_answer=prediction.text)
     except (RequestFailed, AnswerError) as failure:
         if failure.reason not in sheet.failed:
             logger.warning(
