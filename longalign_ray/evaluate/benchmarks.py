@@ -21,6 +21,13 @@ from longalign_ray.evaluate.task import EvalCase, Prediction, TaskInputs, TaskSc
 
 logger = logging.getLogger(__name__)
 
+ReadAnswer = Callable[[EvalCase, dict[str, Any]], Prediction]
+SecondRequest = Callable[[EvalCase, str], dict[str, Any] | None]
+
+
+def no_second_request(case: EvalCase, text: str) -> None:
+    """For a task that asks once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
@@ -36,10 +43,10 @@ class Benchmark:
 
     make_cases: Callable[[EvaluateConfig, TaskInputs], list[EvalCase] | None]
     score: Callable[[Sequence[EvalCase], Mapping[str, Prediction]], tuple[TaskScore, dict[str, Any]]]
-    read_answer: Callable[[EvalCase, dict[str, Any]], Prediction] = read_text
+    read_answer: ReadAnswer = read_text
     in_manifest: Mapping[str, str] = field(default_factory=dict)
     write_published: Callable[[Path, Sequence[EvalCase], Mapping[str, Prediction]], None] | None = None
-    second_request: Callable[[EvalCase, str], dict[str, Any] | None] = lambda case, text: None
+    second_request: SecondRequest = no_second_request
     judge_messages: Callable[[EvalCase, Prediction], list[list[dict[str, str]]]] | None = None
     judge_max_tokens: int = 256
 

@@ -207,8 +207,8 @@ def _wanted(config: RulerConfig, question_sets: Mapping[str, QuestionSet]) -> li
                 f"the published file, or leave {name} out"
             )
     if config.tasks is None and without:
-        files = " and ".join(f"evaluate.ruler.{QUESTION_FILES[name]}" for name in without)
-        logger.warning("ruler: %s left out, as %s is not set", " and ".join(without), files)
+        files = ", ".join(f"evaluate.ruler.{QUESTION_FILES[name]}" for name in without)
+        logger.warning("ruler: left out for want of %s: %s", files, ", ".join(without))
     return [name for name in RULER_TASKS if (name not in without if config.tasks is None else name in config.tasks)]
 
 

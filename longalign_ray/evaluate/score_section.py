@@ -13,7 +13,7 @@ from longalign_ray.evaluate.svg import short
 
 
 def evaluation(summary: Summary) -> str:
-    """Needle heat maps side by side, the held-out losses, a table for each other benchmark, and RULER's of each model."""
+    """Needle heat maps side by side, the held-out losses, a table for each other benchmark, RULER by length."""
     if needle := summary["needle"]:
         parts = [_needle(model, score) for model, score in needle.items()]
     else:

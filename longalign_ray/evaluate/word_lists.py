@@ -1,6 +1,6 @@
 """Words for tasks that need many: short English ones, and compounds of two, such as riverlamp, each in a fixed order.
 
-No word of a list stands inside another, so that an answer that holds one is no answer that holds the other.
+No plain word stands inside another, nor a compound, so that an answer that holds one does not hold another unasked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ eagle ember falcon feather fern flint forest frost garden ginger glacier gold gr
 honey island ivory ivy jade jasmine juniper kettle lantern laurel lemon lilac linen lotus maple marble market meadow
 melon mirror morning moss mountain nettle nickel night north nutmeg oak ocean olive onyx orchard otter paper pearl
 pebble pepper pilot pine plum poppy prairie quartz quill raven ribbon river saffron salmon satin shadow silver slate
-snow south sparrow spring summer sunset thistle thunder timber tulip tundra valley velvet violet walnut willow window
+snow south spring summer sunset thistle thunder timber tulip tundra valley velvet violet walnut willow window
 winter
 """
 TAILS = """
