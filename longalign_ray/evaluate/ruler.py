@@ -37,7 +37,7 @@ THRESHOLD = 0.856
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
+class RulerParts:
     """What samplers are made from."""
 
     words: RulerWords
@@ -50,7 +50,7 @@ class RulerTask:
     """How the samples of a task for a length are made, and how an answer of at most `max_new_tokens` is scored."""
 
     max_new_tokens: int
-    sampler: Callable[[_Parts, int], Sampler]
+    sampler: Callable[[RulerParts, int], Sampler]
     score: Callable[[str, Sequence[str]], float] = string_match_all
 
 
@@ -90,7 +90,9 @@ def ruler_cases(config: RulerConfig, *, haystack: str, tokenizer: Tokenizer, see
     """
     question_sets = _question_sets(config)
     names = _wanted(config, question_sets)
-    parts = _Parts(OWN_WORDS if config.prompts is None else read_words(config.prompts), Essay(haystack), question_sets)
+    parts = RulerParts(
+        OWN_WORDS if config.prompts is None else read_words(config.prompts), Essay(haystack), question_sets
+    )
     cases = []
     for length in config.lengths:
         for name in names:
@@ -200,16 +202,18 @@ def _wanted(config: RulerConfig, question_sets: Mapping[str, QuestionSet]) -> li
             f"evaluate.ruler.tasks names {', '.join(unknown)}, and RULER has {', '.join(RULER_TASKS)}: correct the name"
         )
     without = [name for name in QUESTION_FILES if name not in question_sets]
-    for name in without if config.tasks is not None else ():
+    if config.tasks is None:
+        if without:
+            files = ", ".join(f"evaluate.ruler.{QUESTION_FILES[name]}" for name in without)
+            logger.warning("ruler: left out for want of %s: %s", files, ", ".join(without))
+        return [name for name in RULER_TASKS if name not in without]
+    for name in without:
         if name in config.tasks:
             raise EvaluationError(
                 f"evaluate.ruler.tasks names {name}, and evaluate.ruler.{QUESTION_FILES[name]} is not set: set it to "
                 f"the published file, or leave {name} out"
             )
-    if config.tasks is None and without:
-        files = ", ".join(f"evaluate.ruler.{QUESTION_FILES[name]}" for name in without)
-        logger.warning("ruler: left out for want of %s: %s", files, ", ".join(without))
-    return [name for name in RULER_TASKS if (name not in without if config.tasks is None else name in config.tasks)]
+    return [name for name in RULER_TASKS if name in config.tasks]
 
 
 def _no_such_length(length: int, name: str, made: RulerPrompt | None) -> EvaluationError:
