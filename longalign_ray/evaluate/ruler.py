@@ -161,7 +161,7 @@ def score_ruler(cases: Sequence[EvalCase], predictions: Mapping[str, Prediction]
         value=sum(known) / len(known),
         num_cases=sum(map(len, by_cell.values())),
         by_group={group: value for group, value in groups if value is not None},
-        by_case={f"{task}-{length:g}": values for (task, length), values in by_cell.items() if values},
+        by_case={f"{task}-{length}": values for (task, length), values in by_cell.items() if values},
     )
     return score, {
         "lengths": lengths,
