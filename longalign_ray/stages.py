@@ -286,7 +286,8 @@ def evaluation_cases(config: RunConfig, run_dir: RunDir) -> dict[str, list[EvalC
         _need(run_dir.store, "prepare", otherwise="or leave the held-out loss out with evaluate.heldout_loss=false")
         store = TokenStore(run_dir.store)
         heldout = [store.example(int(row)) for row in store.index.heldout.nonzero()[0]]
-    longest = max(config.evaluate.needle.lengths) if config.evaluate.needle else 0
+    lengths = [task.lengths for task in (config.evaluate.needle, config.evaluate.ruler) if task is not None]
+    longest = max((max(of_task) for of_task in lengths), default=0)
     tokenizer = load_tokenizer(local_model_dir(config.model.path), chat_template=config.model.chat_template)
     haystack = default_haystack(config.seed, min_chars=8 * longest)
     return task_cases(config.evaluate, TaskInputs(heldout, haystack, tokenizer, config.seed))

@@ -20,7 +20,9 @@ from longalign_ray.config.evaluate import (
     LongBenchConfig,
     LongBenchV2Config,
     LongEvalConfig,
+    MTBenchConfig,
     NeedleConfig,
+    RulerConfig,
 )
 from longalign_ray.config.model import ModelConfig, RopeConfig
 from longalign_ray.config.section import Section, Style
@@ -45,12 +47,14 @@ __all__ = [
     "LongBenchConfig",
     "LongBenchV2Config",
     "LongEvalConfig",
+    "MTBenchConfig",
     "MixtureConfig",
     "ModelConfig",
     "NeedleConfig",
     "PackingConfig",
     "RayConfig",
     "RopeConfig",
+    "RulerConfig",
     "RunConfig",
     "ServeConfig",
     "SourceConfig",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -21,6 +21,27 @@ class NeedleConfig(Section):
     apart (RULER's needles with several keys)."""
     max_new_tokens: PositiveInt = 32
     """Tokens generated for an answer."""
+
+
+class RulerConfig(Section):
+    """RULER (arXiv 2404.06654): thirteen tasks of retrieval, tracing, aggregation and questions, at exact lengths."""
+
+    lengths: tuple[PositiveInt, ...] = (4_096, 8_192, 16_384, 32_768, 65_536, 131_072)
+    """Tokens of prompt and answer together, as the benchmark counts them."""
+    tasks: tuple[str, ...] | None = None
+    """Names of the tasks; none: all, qa_1 and qa_2 only where `squad` and `hotpotqa` are given."""
+    samples: PositiveInt = 500
+    """Prompts of each task at each length. The scores of fewer tell less than those of the benchmark's 500."""
+    prompts: str | None = None
+    """The benchmark's own directory scripts/data/synthetic, whose wording is then used; none: this package's wording of
+    the same tasks, whose scores compare with each other and not with published ones."""
+    squad: str | None = None
+    """The development set of SQuAD 2.0 as published, dev-v2.0.json, for qa_1."""
+    hotpotqa: str | None = None
+    """The development set of HotpotQA as published, hotpot_dev_distractor_v1.json, for qa_2."""
+    answer_prefix: Literal["assistant", "user"] = "assistant"
+    """Whose words the beginning of the answer is: the assistant's, as the benchmark has it for models that it runs,
+    which takes /v1/completions; or the end of the user's message, as it has it for chat endpoints."""
 
 
 class LongBenchConfig(Section):
@@ -86,6 +107,21 @@ class LongBenchChatConfig(Section):
     """Only the first questions; none: all."""
 
 
+class MTBenchConfig(Section):
+    """MT-Bench (arXiv 2306.05685): 80 questions of two turns in eight categories, each answer rated by `judge`."""
+
+    questions: str
+    """The benchmark's own question.jsonl."""
+    reference_answers: str
+    """The benchmark's own reference answers, such as reference_answer/gpt-4.jsonl."""
+    judge_prompts: str
+    """The benchmark's own judge_prompts.jsonl."""
+    max_new_tokens: PositiveInt = 1_024
+    """Tokens generated for an answer."""
+    rows: PositiveInt | None = None
+    """Only the first questions; none: all."""
+
+
 class JudgeConfig(Section):
     """A model that rates answers, behind any OpenAI-compatible endpoint."""
 
@@ -99,8 +135,8 @@ class JudgeConfig(Section):
     """Recorded replies in place of the endpoint: a file `*.judgements.jsonl` of an earlier run."""
     temperature: Annotated[float, Field(ge=0.0)] = 0.0
     """Sampling temperature."""
-    max_new_tokens: PositiveInt = 256
-    """Tokens of a judgement at most."""
+    max_new_tokens: PositiveInt | None = None
+    """Tokens of a judgement at most; none: 256 for LongBench-Chat, 2,048 for MT-Bench, whose judge explains first."""
     concurrency: PositiveInt = 4
     """Requests in flight at a time."""
     request_timeout_seconds: PositiveFloat = 120
@@ -136,6 +172,8 @@ class EvaluateConfig(Section):
     """Tries for a request that timed out or was answered with 429 or 5xx."""
     needle: NeedleConfig | None = NeedleConfig()
     """Needle grid; null leaves it out."""
+    ruler: RulerConfig | None = None
+    """RULER; null leaves it out."""
     longbench: LongBenchConfig | None = None
     """LongBench v1; null leaves it out."""
     longbench_v2: LongBenchV2Config | None = None
@@ -144,6 +182,8 @@ class EvaluateConfig(Section):
     """LongEval; null leaves it out."""
     longbench_chat: LongBenchChatConfig | None = None
     """LongBench-Chat; null leaves it out."""
+    mt_bench: MTBenchConfig | None = None
+    """MT-Bench; null leaves it out."""
     judge: JudgeConfig | None = None
     """The model that rates the answers of the tasks that are judged."""
     heldout_loss: bool = True
@@ -151,8 +191,9 @@ class EvaluateConfig(Section):
 
     @model_validator(mode="after")
     def _judged_tasks_have_a_judge(self) -> EvaluateConfig:
-        if self.longbench_chat is not None and self.judge is None:
-            raise ValueError(
-                "evaluate.longbench_chat is judged, and evaluate.judge is not set: set judge.endpoint and judge.model"
-            )
+        for name, judged in (("longbench_chat", self.longbench_chat), ("mt_bench", self.mt_bench)):
+            if judged is not None and self.judge is None:
+                raise ValueError(
+                    f"evaluate.{name} is judged, and evaluate.judge is not set: set judge.endpoint and judge.model"
+                )
         return self

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 
+# A sentence ends with its mark and closing quotes; Latin marks count before white space alone ("3.5" is no end).
+SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?=\s)|[。！？][”’」』）]*")
 SYLLABLES = """
 Al|Bren|Cor|Dun|Elm|Far|Gar|Hol|Ives|Kel|Lor|Mar|Nor|Oak|Pen|Quen|Ros|Sel|Tor|Ul|Ver|Wes|Yar|Zel
 bury|combe|dale|den|field|ford|ham|hurst|leigh|mere|mouth|ney|shaw|stead|stoke|ton|wick|worth

@@ -48,12 +48,14 @@ def judge_cost(config: JudgeConfig, prompt_tokens: Sequence[int], completion_tok
     return JudgeCost(len(prompt_tokens), prompt, completion, price)
 
 
-def judge_case(config: JudgeConfig, case: EvalCase, number: int, messages: Sequence[Mapping[str, str]]) -> EvalCase:
-    """The request for judgement `number` of the answer to a case."""
+def judge_case(
+    config: JudgeConfig, case: EvalCase, number: int, messages: Sequence[Mapping[str, str]], *, max_tokens: int
+) -> EvalCase:
+    """The request for judgement `number` of the answer to a case; `max_tokens` where the settings name none."""
     request = {
         "model": config.model,  # in place of the model that is asked otherwise
         "messages": [dict(message) for message in messages],
-        "max_tokens": config.max_new_tokens,
+        "max_tokens": config.max_new_tokens or max_tokens,
         "temperature": config.temperature,
     }
     name = judgement_id(case.case_id, number)

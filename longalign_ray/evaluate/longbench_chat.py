@@ -19,8 +19,8 @@ from longalign_ray.data.template import Tokenizer
 from longalign_ray.errors import EvaluationError
 from longalign_ray.evaluate.benchmark_rows import read_prompt, read_rows
 from longalign_ray.evaluate.cut_prompt import without_middle
-from longalign_ray.evaluate.rating import rated_mean, read_rating
-from longalign_ray.evaluate.task import EvalCase, Prediction, TaskScore, judgement_id, mean_score
+from longalign_ray.evaluate.judgements import read_judgements
+from longalign_ray.evaluate.task import EvalCase, Prediction, TaskScore, mean_score
 from longalign_ray.run_dir import digest
 
 TASK = "longbench_chat"
@@ -106,41 +106,14 @@ def score_longbench_chat(
 ) -> tuple[TaskScore, dict[str, Any]]:
     """Mean rating of the rated answers, 1 to 10, whole and by language; `predictions` hold the judgements as well.
 
-    A case's rating is the mean of its judgements that could be read. Details: judgements by what became of them, and
-    what their mean would be were those without a rating all the worst, or all the best. Raises EvaluationError where no
-    answer has a rating.
+    A case's rating is the mean of its judgements that could be read. Raises EvaluationError where no answer has one.
     """
-    ratings: dict[str, float] = {}
-    judgements: list[float | None] = []
-    unreadable = 0
-    for case in cases:
-        if case.case_id not in predictions:
-            continue
-        ids = [judgement_id(case.case_id, number) for number in range(len(case.reference["prompts"]))]
-        replies = [predictions[one].text for one in ids if one in predictions]
-        found = [read_rating(reply, worst=WORST, best=BEST) for reply in replies]
-        unreadable += found.count(None)
-        found += [None] * (len(ids) - len(replies))
-        of_case = rated_mean(found, worst=WORST, best=BEST)
-        if of_case.mean is not None:
-            ratings[case.case_id] = of_case.mean
-        judgements += found
-    if not ratings:
-        raise EvaluationError(
-            f"{TASK}: no answer has a rating: of {len(judgements)} judgements {unreadable} hold none and "
-            f"{len(judgements) - unreadable} failed; see the warnings above and evaluate/predictions/*.judgements.jsonl"
-            f", put evaluate.judge right and run `longalign evaluate` again: the answers are kept"
-        )
-    rated = [case for case in cases if case.case_id in ratings]
-    whole = rated_mean(judgements, worst=WORST, best=BEST)
-    languages = [case.reference["language"] for case in rated]
-    score = mean_score(TASK, TASK, [ratings[case.case_id] for case in rated], languages, cases=rated)
-    details = {
-        "if_unrated_worst": whole.if_worst,
-        "if_unrated_best": whole.if_best,
-        "judgements": {"rated": whole.num_rated, "unreadable": unreadable, "failed": whole.num_unrated - unreadable},
-    }
-    return score, details
+    judgements = read_judgements(cases, predictions, worst=WORST, best=BEST)
+    ratings = {case.case_id: judgements.rating(case) for case in cases}
+    rated = [case for case in cases if ratings[case.case_id] is not None]
+    values = [rating for rating in ratings.values() if rating is not None]
+    score = mean_score(TASK, TASK, values, [case.reference["language"] for case in rated], cases=rated)
+    return score, dict(judgements.details)
 
 
 def _judge_prompt(

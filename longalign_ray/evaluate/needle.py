@@ -11,7 +11,6 @@ asked first: it leaves the prefix of all others in the engine's cache.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 from longalign_ray.config import NeedleConfig
 from longalign_ray.data.template import Tokenizer, encode_prompt
 from longalign_ray.errors import EvaluationError
+from longalign_ray.evaluate.haystack import SENTENCE_END
 from longalign_ray.evaluate.scoring import contains_phrase, content_recall
 from longalign_ray.evaluate.task import EvalCase, Prediction, TaskScore, mean_score
 
@@ -27,8 +27,6 @@ TASK = "needle"
 TASK_TEXT = "Read the text below and answer the question after it in a few words.\n\n"
 # Shorter haystacks hold no sentence, and depth would mean nothing.
 MIN_HAYSTACK_TOKENS = 32
-# A sentence ends with its mark and closing quotes; Latin marks count before white space alone ("3.5" is no end).
-SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?=\s)|[。！？][”’」』）]*")
 
 
 @dataclass(frozen=True, slots=True)

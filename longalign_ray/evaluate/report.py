@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from longalign_ray.evaluate import page, sections
 from longalign_ray.evaluate.score_files import BENCHMARK_TITLES, shown
+from longalign_ray.evaluate.score_section import evaluation
 from longalign_ray.evaluate.summary import Summary, summarize
 from longalign_ray.run_dir import RunDir, write_json
 
@@ -26,7 +27,7 @@ def render(summary: Summary, *, config: str) -> str:
     subtitle = f"{len(summary['stages'])} stages finished, {sections.duration(seconds)} in all"
     body = [
         page.cards(sections.cards(summary)),
-        sections.evaluation(summary),
+        evaluation(summary),
         sections.training(summary),
         sections.packing(summary),
         sections.flow(summary),

@@ -19,12 +19,12 @@ from urllib.parse import quote
 
 from longalign_ray.config import EvaluateConfig, JudgeConfig
 from longalign_ray.errors import EvaluationError
-from longalign_ray.evaluate.benchmarks import BENCHMARKS
+from longalign_ray.evaluate.benchmarks import BENCHMARKS, ReadAnswer, SecondRequest, no_second_request
 from longalign_ray.evaluate.document_order import by_document, do_by_document
 from longalign_ray.evaluate.endpoint import Endpoint, RequestFailed
 from longalign_ray.evaluate.judge import RecordedJudge, judge_case, judge_cost, judge_digest, open_judge
 from longalign_ray.evaluate.predictions import PredictionFile, file_stem
-from longalign_ray.evaluate.task import AnswerError, EvalCase, Prediction
+from longalign_ray.evaluate.task import AnswerError, EvalCase, Prediction, read_text
 from longalign_ray.logs import progress
 from longalign_ray.run_dir import RunDir, digest, write_json
 
@@ -36,13 +36,16 @@ SESSION_HEADER = "x-session-id"
 
 @dataclass(frozen=True, slots=True)
 class _Sheet:
-    """The cases of one task for one model, what was answered and what failed."""
+    """The cases of one task for one model, what was answered and what failed; `read_answer` and `second_request` are
+    those of the task, or, where the cases are judgements, those of any."""
 
     task: str
     model: str
     cases: list[EvalCase]
     digests: dict[str, str]
     predictions: PredictionFile
+    read_answer: ReadAnswer = read_text
+    second_request: SecondRequest = no_second_request
     failed: Counter[str] = field(default_factory=Counter)
 
     def unanswered(self) -> list[list[EvalCase]]:
@@ -127,7 +130,7 @@ def _tell_cost(config: JudgeConfig, cases: Mapping[str, list[EvalCase]], *, num_
                 calls = int(case.attributes["judge_calls"])
                 longest = case.attributes["judge_tokens"] / calls + case.request["max_tokens"]
                 prompts += [math.ceil(longest)] * calls * num_models
-                completions += [config.max_new_tokens] * calls * num_models
+                completions += [config.max_new_tokens or BENCHMARKS[task].judge_max_tokens] * calls * num_models
     where = config.endpoint or f"no call, as {config.replay} has the replies"
     cost = judge_cost(config, prompts, completions)
     logger.info("judge %s (%s): at most %s", config.model, where, cost.describe())
@@ -143,7 +146,7 @@ async def _judge(
         if messages is None:
             continue
         cases = [
-            judge_case(config, case, one, conversation)
+            judge_case(config, case, one, conversation, max_tokens=BENCHMARKS[sheet.task].judge_max_tokens)
             for case in sheet.cases
             if case.case_id in sheet.predictions.found
             for one, conversation in enumerate(messages(case, sheet.predictions.found[case.case_id]))
@@ -172,14 +175,16 @@ def _open_sheet(config: EvaluateConfig, run_dir: RunDir, task: str, model: str, 
     """Digests tie an answer to request, model name, endpoint and exported weights: a retrained model is asked anew."""
     export = run_dir.manifest("export")
     weights = export.read_text(encoding="utf-8") if export.exists() else ""
+    benchmark = BENCHMARKS[task]
     digests = {}
     for case in cases:
         requests = [case.request]
-        if (second := BENCHMARKS[task].second_request(case, "")) is not None:
+        if (second := benchmark.second_request(case, "")) is not None:
             requests.append(second)
         digests[case.case_id] = digest(config.endpoint, weights, model, case.path, *requests)
     path = run_dir.predictions / f"{file_stem(task, model)}.jsonl"
-    return _Sheet(task, model, cases, digests, PredictionFile(path, digests))
+    file = PredictionFile(path, digests)
+    return _Sheet(task, model, cases, digests, file, benchmark.read_answer, benchmark.second_request)
 
 
 async def _ask_all(endpoint: Endpoint | RecordedJudge, sheets: Sequence[_Sheet], *, concurrency: int) -> None:
@@ -202,11 +207,11 @@ async def _ask(endpoint: Endpoint | RecordedJudge, sheet: _Sheet, case: EvalCase
     headers = {SESSION_HEADER: quote(f"{case.task}-{case.document}", safe="")}
     try:
         answer = await endpoint.post(case.path, {"model": sheet.model, **case.request}, headers=headers)
-        prediction = _read_answer(case, answer)
-        second = BENCHMARKS[case.task].second_request(case, prediction.text)
+        prediction = _read_answer(sheet, case, answer)
+        second = sheet.second_request(case, prediction.text)
         if second is not None:
             answer = await endpoint.post(case.path, {"model": sheet.model, **second}, headers=headers)
-            prediction = replace(_read_answer(case, answer), thoughts=prediction.text)
+            prediction = replace(_read_answer(sheet, case, answer), first_answer=prediction.text)
     except (RequestFailed, AnswerError) as failure:
         if failure.reason not in sheet.failed:
             logger.warning(
@@ -217,9 +222,9 @@ async def _ask(endpoint: Endpoint | RecordedJudge, sheet: _Sheet, case: EvalCase
     sheet.predictions.append(replace(prediction, request_digest=sheet.digests[case.case_id]))
 
 
-def _read_answer(case: EvalCase, answer: dict[str, Any]) -> Prediction:
+def _read_answer(sheet: _Sheet, case: EvalCase, answer: dict[str, Any]) -> Prediction:
     try:
-        return BENCHMARKS[case.task].read_answer(case, answer)
+        return sheet.read_answer(case, answer)
     except (KeyError, IndexError, TypeError) as error:
         raise AnswerError("bad_answer", f"not the OpenAI form ({error!r}): {str(answer)[:200]}") from error
 

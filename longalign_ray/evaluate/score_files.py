@@ -12,13 +12,15 @@ from longalign_ray.run_dir import RunDir
 
 # Tasks that are shown as tables; the name of a task's score files begins with it, and none begins with another's.
 BENCHMARK_TITLES = {
+    "ruler": "RULER",
     "longbench": "LongBench",
     "longbench_v2": "LongBench v2",
     "longeval": "LongEval",
     "longbench_chat": "LongBench-Chat",
+    "mt_bench": "MT-Bench",
 }
 TITLES = {"needle": "Needle accuracy", "heldout": "Held-out loss", **BENCHMARK_TITLES}
-UNITS = {"heldout": "nats", "longbench_chat": "1 to 10"}  # the others: per cent
+UNITS = {"heldout": "nats", "longbench_chat": "1 to 10", "mt_bench": "1 to 10"}  # the others: per cent
 
 
 def unit(task: str) -> str:

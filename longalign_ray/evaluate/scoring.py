@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 WORD = re.compile(r"\w+")
 
@@ -40,3 +41,13 @@ def content_recall(text: str, *, reference: str) -> float:
 def contains_phrase(text: str, *, phrase: str) -> bool:
     """Whether the words of the phrase stand in the text next to each other and in order."""
     return f" {' '.join(words(phrase))} " in f" {' '.join(words(text))} "
+
+
+def string_match_all(text: str, references: Sequence[str]) -> float:
+    """Share of the references that stand in the text, whatever the case of letters (RULER's metric of this name)."""
+    return sum(reference.lower() in text.lower() for reference in references) / len(references)
+
+
+def string_match_part(text: str, references: Sequence[str]) -> float:
+    """1 where one of the references stands in the text, whatever the case of letters, else 0 (RULER)."""
+    return float(any(reference.lower() in text.lower() for reference in references))

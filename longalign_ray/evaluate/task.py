@@ -33,7 +33,7 @@ class EvalCase:
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """What the endpoint answered to a case; `values` holds numbers read from the answer (a loss, a token count),
-    `thoughts` what it answered before, where a task asks twice.
+    `first_answer` what it answered before, where a task asks twice.
 
     `request_digest` ties it to the request and model that it answers, so that a later run knows whether it still holds.
     """
@@ -43,7 +43,7 @@ class Prediction:
     finish_reason: str
     values: dict[str, float] = field(default_factory=dict)
     request_digest: str = ""
-    thoughts: str = ""
+    first_answer: str = ""
 
 
 @dataclass(frozen=True, slots=True)

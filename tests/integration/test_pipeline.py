@@ -36,7 +36,10 @@ def test_texts_and_then_constructed_conversations(
         train={"max_steps": 3},
         before={"corpus": {"paths": [str(texts)]}, "train": {"num_workers": 1, "max_steps": 2, "learning_rate": 1e-4}},
         serve={"port": port},
-        evaluate={"needle": {"lengths": [600], "depths": [0, 100], "max_new_tokens": 4}},
+        evaluate={
+            "needle": {"lengths": [600], "depths": [0, 100], "max_new_tokens": 4},
+            "ruler": {"lengths": [1_000], "tasks": ["niah_single_1"], "samples": 1},
+        },
     )
     assert cli.main(["run", str(recipe)]) == 0
     assert "needle accuracy" in capsys.readouterr().out
@@ -46,6 +49,10 @@ def test_texts_and_then_constructed_conversations(
     report = json.loads(run_dir.report_json.read_text(encoding="utf-8"))
     assert report["examples"]["num_examples"] == 14
     assert 0 <= report["needle"]["aligned"]["value"] <= 1
+    assert report["benchmarks"]["ruler"]["aligned"]["num_tasks"] == 1
+    (answer,) = (run_dir.predictions / "ruler-aligned.jsonl").read_text(encoding="utf-8").splitlines()
+    room = 1_000 - 128  # for the prompt; a line more of noise, of 97 tokens, would not fit
+    assert room - 97 < json.loads(answer)["values"]["prompt_tokens"] <= room
 
     before = RunDir(run_dir.root / "before")
     assert not before.packed.exists()

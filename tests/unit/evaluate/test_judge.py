@@ -115,7 +115,7 @@ def test_cost_worked_by_hand():
 
 def request(config: JudgeConfig) -> dict[str, Any]:
     answered = EvalCase("7", "longbench_chat", "/chat/completions", {}, None, "d", 9)
-    case = judge_case(config, answered, 1, MESSAGES)
+    case = judge_case(config, answered, 1, MESSAGES, max_tokens=256)
     assert (case.case_id, case.path) == ("7#1", PATH)
     return case.request
 

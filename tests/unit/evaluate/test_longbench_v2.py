@@ -141,7 +141,7 @@ def test_thoughts_are_kept_and_a_new_second_prompt_is_asked_anew(
         assert run(stub.base_url)["resumed"] == 0
     assert (counts["base_longbench_v2_accuracy"], counts["base_longbench_v2_no_choice"]) == (0.25, 0)
     lines = (run_dir.predictions / "longbench_v2-base.jsonl").read_text(encoding="utf-8").splitlines()
-    assert {json.loads(line)["thoughts"] for line in lines} == {"It is c, I think."}
+    assert {json.loads(line)["first_answer"] for line in lines} == {"It is c, I think."}
 
 
 def test_what_is_not_on_disk_is_told_with_the_way_to_get_it(config: LongBenchV2Config, tokenizer: Any, tmp_path: Path):

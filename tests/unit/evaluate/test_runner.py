@@ -3,25 +3,29 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from longalign_ray.config import EvaluateConfig, NeedleConfig
+from longalign_ray.config import EvaluateConfig, JudgeConfig, NeedleConfig, RulerConfig
 from longalign_ray.data.store import Example
 from longalign_ray.errors import EvaluationError
 from longalign_ray.evaluate import endpoint as endpoint_module
 from longalign_ray.evaluate.benchmarks import task_cases
 from longalign_ray.evaluate.haystack import default_haystack
 from longalign_ray.evaluate.needle import NEEDLE
+from longalign_ray.evaluate.report import summary_table, write_report
 from longalign_ray.evaluate.runner import evaluate
 from longalign_ray.evaluate.task import TaskInputs
 from longalign_ray.run_dir import RunDir
+from tests.unit.evaluate.mt_bench_files import write_mt_bench
 from tests.unit.evaluate.stub_server import Reply, chat, echo, stub_server
 from tests.unit.evaluate.tokenizers import make_tokenizer
 
@@ -65,15 +69,42 @@ def lines(run_dir: Path, name: str) -> list[str]:
     return (RunDir(run_dir).predictions / f"{name}.jsonl").read_text().splitlines()
 
 
+def every_kind(body: dict[str, Any], attempt: int = 1) -> Reply:
+    """As `good`; of RULER `aligned` knows the noted number, of MT-Bench the judge rates it 8 and then 6, else 3."""
+    if body["model"] == "judge":
+        assert body["max_tokens"] == 2_048
+        text = body["messages"][1]["content"]
+        return chat("[[3]]" if "base" in text else "[[6]]" if "aligned, again" in text else "[[8]]")
+    if body["path"] == "/v1/completions" and isinstance(body["prompt"], str):
+        number = re.findall(r"is: (\d{7})\.", body["prompt"])[0] if body["model"] == "aligned" else "unknown"
+        return Reply({"choices": [{"index": 0, "text": f" {number}.", "finish_reason": "stop"}]})
+    asked = body.get("messages", [{"content": ""}])[-1]["content"]
+    if asked.startswith("First"):
+        return chat(body["model"])
+    return chat(f"{body['model']}, again") if asked.startswith("Second") else good(body)
+
+
 def test_scores_of_both_models(tmp_path: Path, tokenizer: Any):
-    with stub_server(good) as stub:
-        counts, failed = run(settings(), tmp_path, stub.base_url, tokenizer)
+    ruler = RulerConfig(lengths=(1_000, 2_000), tasks=("niah_single_1",), samples=2)
+    mt_bench = write_mt_bench(tmp_path)
+    with stub_server(every_kind) as stub:
+        judge = JudgeConfig(endpoint=stub.base_url, model="judge")
+        config = settings(ruler=ruler, mt_bench=mt_bench, judge=judge)
+        counts, failed = run(config, tmp_path, stub.base_url, tokenizer)
+        again, _ = run(config, tmp_path, stub.base_url, tokenizer)
     assert failed == {}
+    num_cases = NUM_CASES + 2 * (4 + 4)
     assert counts == {
-        "cases": NUM_CASES,
-        "answered": NUM_CASES,
+        "cases": num_cases,
+        "answered": num_cases,
         "resumed": 0,
         "retries": 0,
+        "judgements": 16,
+        "judged": 16,
+        "judge_resumed": 0,
+        "judge_retries": 0,
+        "judge_prompt_tokens": 0,
+        "judge_completion_tokens": 0,
         "base_needle_accuracy": 0.0,
         "base_needle_exact": 0.0,
         "aligned_needle_accuracy": 1.0,
@@ -82,12 +113,35 @@ def test_scores_of_both_models(tmp_path: Path, tokenizer: Any):
         "base_heldout_token_loss": 2.0,
         "aligned_heldout_loss": 0.5,
         "aligned_heldout_token_loss": 0.5,
+        "base_ruler": 0.0,
+        "base_ruler_effective_length": 0,
+        "base_ruler_tasks": 1,
+        "aligned_ruler": 1.0,
+        "aligned_ruler_effective_length": 2_000,
+        "aligned_ruler_tasks": 1,
+        "base_mt_bench": 3.0,
+        "aligned_mt_bench": 7.0,
     }
+    assert (again["resumed"], again["judge_resumed"], again["aligned_mt_bench"]) == (num_cases, 16, 7.0)
     assert scores(tmp_path, "needle-aligned")["grid"] == [[1.0, 1.0]] * 3
     assert scores(tmp_path, "heldout-base")["num_cases"] == 3
     assert scores(tmp_path, "heldout-base")["by_case"] == {"all": {"0:e6": 2.0, "1:e4": 2.0, "2:e9": 2.0}}
+    assert scores(tmp_path, "mt_bench-aligned")["by_group"]["turn 2"] == 6.0
+    assert scores(tmp_path, "ruler-aligned")["grid"] == [[1.0, 1.0]]
     assert len(lines(tmp_path, "needle-base")) == 6
-    assert len(stub.asked) == NUM_CASES
+    # Each question of MT-Bench is asked twice; the second run asks nothing.
+    assert len(stub.asked) == num_cases + 2 * 4 + 16
+    documents = [body["headers"]["x-session-id"] for body in stub.asked if isinstance(body.get("prompt"), str)]
+    assert Counter(documents) == {"ruler-niah_single_1-1000": 4, "ruler-niah_single_1-2000": 4}
+    report = write_report(RunDir(tmp_path))
+    page = RunDir(tmp_path).report_html.read_text(encoding="utf-8")
+    assert "Effective length: below 1,000 tokens" in page
+    assert "Effective length: 2,000 tokens, the largest with an average of at least 85.6%. 1 of RULER" in page
+    assert list(report["benchmarks"]) == ["ruler", "mt_bench"]
+    table = summary_table(report)
+    assert "RULER         " in table
+    assert "base 0.0, aligned 100.0" in table
+    assert "base 3.000, aligned 7.000" in table
 
 
 def test_long_cases_go_first_and_no_more_are_in_flight_than_allowed(tmp_path: Path, tokenizer: Any):
