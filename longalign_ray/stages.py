@@ -236,18 +236,24 @@ def write_serve_config(config: RunConfig, run_dir: RunDir, file: Path) -> None:
 def evaluate(config: RunConfig, run_dir: RunDir) -> Manifest:
     """Benchmarks over HTTP, from `evaluate.endpoint` or an application started for the purpose."""
     from longalign_ray.evaluate.runner import evaluate as ask
+    from longalign_ray.evaluate.short_tasks import score_short_tasks
     from longalign_ray.serve.app import running_app
 
     def work() -> Manifest:
-        cases = _evaluation_cases(config, run_dir)  # first: what is missing is told before servers start
+        cases, short_tasks = _evaluation_cases(config, run_dir)  # first: what is missing is told before servers start
+
+        def measure(base_url: str, key_place: str | None) -> tuple[dict[str, Any], dict[str, int]]:
+            key = _first_key(key_place)
+            counts, dropped = ask(config.evaluate, run_dir, base_url=base_url, cases=cases, api_key=key)
+            if short_tasks:
+                model_dir = local_model_dir(config.model.path)
+                counts |= score_short_tasks(
+                    config.evaluate, run_dir, base_url=base_url, tasks=short_tasks, tokenizer_dir=model_dir, api_key=key
+                )
+            return counts, dropped
+
         if config.evaluate.endpoint is not None:
-            counts, dropped = ask(
-                config.evaluate,
-                run_dir,
-                base_url=config.evaluate.endpoint,
-                cases=cases,
-                api_key=_first_key(config.evaluate.api_key),
-            )
+            counts, dropped = measure(config.evaluate.endpoint, config.evaluate.api_key)
         else:
             models = {
                 name: path for name, path in served_models(config, run_dir).items() if name in config.evaluate.models
@@ -256,9 +262,7 @@ def evaluate(config: RunConfig, run_dir: RunDir) -> Manifest:
             with running_app(
                 models, config.serve, chat_template=config.model.chat_template, dtype=config.model.dtype
             ) as base_url:
-                counts, dropped = ask(
-                    config.evaluate, run_dir, base_url=base_url, cases=cases, api_key=_first_key(config.serve.api_keys)
-                )
+                counts, dropped = measure(base_url, config.serve.api_keys)
         return _manifest(config, run_dir, "evaluate", [run_dir.model], [run_dir.scores], counts, dropped)
 
     return _stage(config, run_dir, "evaluate", work)
@@ -270,12 +274,13 @@ def _first_key(place: str | None) -> str | None:
     return read_key(place) if place else None
 
 
-def _evaluation_cases(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
-    """The cases of each benchmark."""
+def _evaluation_cases(config: RunConfig, run_dir: RunDir) -> tuple[dict[str, Any], list[Any]]:
+    """The cases of each benchmark, and the tasks of the lm-evaluation-harness."""
     from longalign_ray.data.store import TokenStore
     from longalign_ray.data.template import load_tokenizer
     from longalign_ray.evaluate.benchmarks import task_cases
     from longalign_ray.evaluate.haystack import default_haystack
+    from longalign_ray.evaluate.short_tasks import load_short_tasks
     from longalign_ray.evaluate.task import TaskInputs
 
     _need(run_dir.store, "prepare")
@@ -284,7 +289,8 @@ def _evaluation_cases(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:
     longest = max(config.evaluate.needle.lengths) if config.evaluate.needle else 0
     tokenizer = load_tokenizer(local_model_dir(config.model.path), chat_template=config.model.chat_template)
     haystack = default_haystack(config.seed, min_chars=8 * longest)
-    return task_cases(config.evaluate, TaskInputs(heldout, haystack, tokenizer, config.seed))
+    cases = task_cases(config.evaluate, TaskInputs(heldout, haystack, tokenizer, config.seed))
+    return cases, [] if config.evaluate.lm_eval is None else load_short_tasks(config.evaluate.lm_eval)
 
 
 def report(config: RunConfig, run_dir: RunDir) -> dict[str, Any]:

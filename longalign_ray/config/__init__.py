@@ -16,6 +16,7 @@ from longalign_ray.config.data import DataConfig, DecontaminateConfig, DedupConf
 from longalign_ray.config.evaluate import (
     EvaluateConfig,
     JudgeConfig,
+    LmEvalConfig,
     LongBenchChatConfig,
     LongBenchConfig,
     LongBenchV2Config,
@@ -41,6 +42,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "JudgeConfig",
+    "LmEvalConfig",
     "LongBenchChatConfig",
     "LongBenchConfig",
     "LongBenchV2Config",

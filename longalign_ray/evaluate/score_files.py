@@ -16,6 +16,7 @@ BENCHMARK_TITLES = {
     "longbench_v2": "LongBench v2",
     "longeval": "LongEval",
     "longbench_chat": "LongBench-Chat",
+    "lm_eval": "Short tasks",
 }
 TITLES = {"needle": "Needle accuracy", "heldout": "Held-out loss", **BENCHMARK_TITLES}
 UNITS = {"heldout": "nats", "longbench_chat": "1 to 10"}  # the others: per cent
