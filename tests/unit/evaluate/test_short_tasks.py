@@ -33,8 +33,13 @@ GROUP = {
 }
 FILTERS = {
     "results": {"sums": {"exact_match,strict": 0.0, "exact_match_stderr,strict": 0.0, "exact_match,flexible": 1.0}},
-    "samples": {"sums": [{"doc_id": 0, "filter": name, "exact_match": name == "flexible"} for name in ("strict", "flexible")]},
-}  # fmt: skip
+    "samples": {
+        "sums": [
+            {"doc_id": 0, "filter": "strict", "exact_match": 0.0},
+            {"doc_id": 0, "filter": "flexible", "exact_match": 1.0},
+        ]
+    },
+}
 
 
 def test_scores_of_tasks_and_groups():
