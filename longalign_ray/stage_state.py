@@ -65,7 +65,15 @@ def changed_settings(recipe: dict[str, Any], config: RunConfig) -> list[str]:
             return {name: tree}
         return {key: value for part, below in tree.items() for key, value in flat(below, f"{name}.{part}").items()}
 
-    may = {"run_dir", "export", "serve", "evaluate", "ray", *(f"train.{name}" for name in RESUMES_WITH_OTHER)}
+    may = {
+        "run_dir",
+        "export",
+        "serve",
+        "evaluate",
+        "generate",
+        "ray",
+        *(f"train.{name}" for name in RESUMES_WITH_OTHER),
+    }
     was, now = (
         {key[1:]: value for key, value in flat(tree).items()} for tree in (recipe, config.model_dump(mode="json"))
     )

@@ -233,6 +233,44 @@ def write_serve_config(config: RunConfig, run_dir: RunDir, file: Path) -> None:
     logger.info("serve: wrote %s; start it with `serve deploy %s`", file, file)
 
 
+def generate(config: RunConfig, run_dir: RunDir) -> Manifest:
+    """Answers the requests of a file with the engines of `serve`, and no HTTP between; a killed run continues."""
+    from longalign_ray.serve.generate import generate as answer
+
+    if config.generate.requests is None:
+        raise ConfigError("generate.requests is not set: name a file of JSON lines, generate.requests=FILE.jsonl")
+    if config.generate.model == "base":
+        model_dir, weights = local_model_dir(config.model.path), config.model.path
+    else:
+        model_dir = served_models(config, run_dir)["aligned"]
+        weights = Manifest.load(run_dir.manifest("export"))
+    output = run_dir.generated if config.generate.output is None else Path(config.generate.output)
+    connect_ray(config)
+    started = time.perf_counter()
+    counts, dropped = answer(
+        config.generate,
+        config.serve,
+        output=output,
+        model_dir=model_dir,
+        weights=weights,
+        chat_template=config.model.chat_template,
+        dtype=config.model.dtype,
+    )
+    manifest = Manifest(
+        stage="generate",
+        config_digest="",
+        inputs=[config.generate.requests, str(model_dir)],
+        outputs=[str(output)],
+        counts=counts,
+        dropped_by_reason=dropped,
+        versions=_versions(),
+        seconds=time.perf_counter() - started,
+    )
+    manifest.save(output / "manifest.json")
+    _tell(manifest)
+    return manifest
+
+
 def evaluate(config: RunConfig, run_dir: RunDir) -> Manifest:
     """Benchmarks over HTTP, from `evaluate.endpoint` or an application started for the purpose."""
     from longalign_ray.evaluate.runner import evaluate as ask
@@ -365,13 +403,19 @@ def _stage(
     )
     manifest.save(run_dir.manifest(stage))
     run_dir.config.write_text(dump_config(config), encoding="utf-8")  # only now: a refused command changes nothing
+    _tell(manifest)
+    return manifest
+
+
+def _tell(manifest: Manifest) -> None:
     numbers = ", ".join(
         f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}"
         for name, value in manifest.counts.items()
     )
     dropped = ", ".join(f"{reason} {number}" for reason, number in manifest.dropped_by_reason.items())
-    logger.info("%s: %.0f s; %s%s", stage, manifest.seconds, numbers, f"; dropped: {dropped}" if dropped else "")
-    return manifest
+    logger.info(
+        "%s: %.0f s; %s%s", manifest.stage, manifest.seconds, numbers, f"; dropped: {dropped}" if dropped else ""
+    )
 
 
 def _manifest(

@@ -23,6 +23,7 @@ from longalign_ray.config.evaluate import (
     LongEvalConfig,
     NeedleConfig,
 )
+from longalign_ray.config.generate import GenerateConfig
 from longalign_ray.config.model import ModelConfig, RopeConfig
 from longalign_ray.config.section import Section, Style
 from longalign_ray.config.serve import ServeConfig
@@ -41,6 +42,7 @@ __all__ = [
     "DedupConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "GenerateConfig",
     "JudgeConfig",
     "LmEvalConfig",
     "LongBenchChatConfig",
@@ -94,6 +96,7 @@ class RunConfig(Section):
     export: ExportConfig = ExportConfig()
     serve: ServeConfig = ServeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    generate: GenerateConfig = GenerateConfig()
     ray: RayConfig = RayConfig()
 
     @property

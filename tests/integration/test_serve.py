@@ -17,7 +17,14 @@ import openai
 import pytest
 import torch
 
-from longalign_ray.config import EvaluateConfig, LmEvalConfig, LongBenchConfig, NeedleConfig, ServeConfig
+from longalign_ray.config import (
+    EvaluateConfig,
+    GenerateConfig,
+    LmEvalConfig,
+    LongBenchConfig,
+    NeedleConfig,
+    ServeConfig,
+)
 from longalign_ray.data.store import Example
 from longalign_ray.data.template import encode_prompt, load_tokenizer
 from longalign_ray.errors import EvaluationError, ServingError
@@ -215,6 +222,42 @@ def test_second_application_is_refused(base_url, models):
         ):
             pass
     assert httpx.get(base_url.removesuffix("/v1") + "/health").status_code == 200
+
+
+def test_a_file_of_requests_is_answered_as_the_server_does(models, client, tmp_path):
+    """By engines in Ray actors, without HTTP; what is done is not done again."""
+    from longalign_ray.serve.generate import generate
+
+    bodies = [{"messages": [{"role": "user", "content": f"Say {number}."}]} for number in range(5)]
+    lines = [
+        json.dumps({"id": number, "max_tokens": 12, "temperature": 0, **body}) for number, body in enumerate(bodies)
+    ]
+    (tmp_path / "requests.jsonl").write_text("\n".join([*lines, "no request"]))
+    arguments: dict[str, Any] = {
+        "config": GenerateConfig(requests=str(tmp_path / "requests.jsonl"), requests_per_part=2),
+        "serve": ServeConfig(max_sequences=2),
+        "output": tmp_path / "out",
+        "model_dir": models["aligned"],
+        "weights": "of the test",
+        "chat_template": None,
+        "dtype": "float32",
+    }
+    counts, dropped = generate(**arguments)
+    assert (counts["requests"], counts["answered"], counts["parts"], dropped) == (6, 5, 3, {"bad_json": 1})
+    paths = sorted((tmp_path / "out").glob("part-*.jsonl"))
+    rows = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [row["id"] for row in rows] == [*range(5), None]
+    for body, row in zip(bodies, rows, strict=False):
+        made = client.chat.completions.create(model="aligned", max_tokens=12, temperature=0, **body)
+        assert row["choices"][0]["message"]["content"] == made.choices[0].message.content
+    paths[1].touch()
+    times = [path.stat().st_mtime_ns for path in paths]
+    next((tmp_path / "out" / "done").glob("00001-*.json")).unlink()  # as if killed before it was whole
+    again, _ = generate(**arguments)
+    assert {**again, "cached_tokens": 0} == {**counts, "cached_tokens": 0, "resumed_parts": 2}
+    assert [path.stat().st_mtime_ns == time for path, time in zip(paths, times, strict=True)] == [True, False, True]
+    with pytest.raises(ServingError, match=r"generate\.output: .* of another model"):
+        generate(**arguments | {"weights": "trained anew"})
 
 
 def heldout_examples() -> list[Example]:
