@@ -120,6 +120,8 @@ def score_short_tasks(
         # without one of its own the harness would send the key of OPENAI_API_KEY, to whatever endpoint
         "header": {"Accept": "application/json"} | ({} if api_key is None else {"Authorization": f"Bearer {api_key}"}),
     }
+    if api_key is not None:
+        _keep_out_of_logs(api_key)
     counts = {}
     for model in config.models:
         parts = {}
@@ -204,6 +206,17 @@ def _answers(config: EvaluateConfig, run_dir: RunDir, model: str, task: str) -> 
         if not other.name.startswith(f"{stem}.{tied}"):
             other.unlink()
     return run_dir.predictions / f"{stem}.{tied}"
+
+
+def _keep_out_of_logs(api_key: str) -> None:
+    """The harness and asyncio log failed requests with their headers, some when the run is over."""
+
+    def masked(record: logging.LogRecord) -> bool:
+        record.msg, record.args = record.getMessage().replace(api_key, "[key]"), None
+        return True
+
+    for name in ("lm_eval.models.api_models", "asyncio"):
+        logging.getLogger(name).addFilter(masked)
 
 
 def _begins_with_bos(tokenizer: Tokenizer) -> bool:

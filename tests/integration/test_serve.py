@@ -384,7 +384,9 @@ def choices_by_transformers(model_dir: Path, rows: list[dict[str, Any]]) -> list
     return chosen
 
 
-def test_short_tasks_of_the_harness(models: dict[str, Path], base_url: str, tmp_path: Path):
+def test_short_tasks_of_the_harness(
+    models: dict[str, Path], base_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'longalign_ray[short]'")
     rows = short_task_files(tmp_path / "tasks")
     short = LmEvalConfig(tasks={"colours": 0, "continue": None}, include_path=str(tmp_path / "tasks"))
@@ -406,7 +408,9 @@ def test_short_tasks_of_the_harness(models: dict[str, Path], base_url: str, tmp_
     assert [engine_stats(name).finished for name in models] == finished  # not asked again
 
     with pytest.raises(EvaluationError, match="colours of base: a request failed"):
-        score_short_tasks(config, RunDir(tmp_path / "other"), **arguments | {"api_key": "another"})
+        score_short_tasks(config, RunDir(tmp_path / "other"), **arguments | {"api_key": "another-key"})
+    assert "Bearer [key]" in caplog.text
+    assert "another-key" not in caplog.text
 
 
 def test_the_harness_asks_chats_as_well(models: dict[str, Path], base_url: str, tmp_path: Path):
