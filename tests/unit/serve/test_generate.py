@@ -22,7 +22,7 @@ REQUESTS: list[dict[str, Any]] = [
     GREEDY,
     {**GREEDY, "temperature": 1.5, "seed": 7, "n": 2, "logprobs": True, "top_logprobs": 2},
     {"prompt": "def f", "max_tokens": 6, "temperature": 0, "echo": True, "logprobs": 1},
-    {"prompt": ["ab", [100, 101]], "max_tokens": 5, "temperature": 0, "stop": ["q"]},
+    {"prompt": ["ab", "cd"], "max_tokens": 5, "temperature": 0, "stop": ["q"]},
     {"prompt": "x" * 500, "max_tokens": 1},
     {**GREEDY, "temperature": -1},
     {"messages": []},
