@@ -245,11 +245,11 @@ def generate(config: RunConfig, run_dir: RunDir) -> Manifest:
         model_dir = served_models(config, run_dir)["aligned"]
         weights = Manifest.load(run_dir.manifest("export"))
     output = run_dir.generated if config.generate.output is None else Path(config.generate.output)
-    connect_ray(config)
     started = time.perf_counter()
     counts, dropped = answer(
         config.generate,
         config.serve,
+        connect=lambda: connect_ray(config),
         output=output,
         model_dir=model_dir,
         weights=weights,

@@ -192,6 +192,7 @@ def _ask(task: ShortTask, config: EvaluateConfig, run_dir: RunDir, model: str, s
             f"{task.name} of {model}: a request failed ({type(error).__name__}: {error}); see the warnings above, put "
             f"the endpoint right and run `longalign evaluate` again: answers are kept"
         ) from error
+    assert results is not None  # as of every process but the first of several
     return part_score(task.name, results)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,16 @@ def generate(
     config: GenerateConfig,
     serve: ServeConfig,
     *,
+    connect: Callable[[], None],
     output: Path,
     model_dir: Path,
     weights: Any,
     chat_template: str | None,
     dtype: str,
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Counts over all parts, and the number of failed requests by reason. Ray must be initialised.
+    """Counts over all parts, and the number of failed requests by reason.
 
+    connect: initialises Ray; called only where something is to be done, once requests and output were looked at.
     Parts that are done are kept: weights, limits or requests that differ are refused. Raises ServingError where the
     requests cannot be read, or an engine cannot be had or ends; whole parts are kept.
     """
@@ -40,6 +43,7 @@ def generate(
     waiting = open_parts(parts, output)
     problems = []
     if waiting:
+        connect()
         ray.data.DataContext.get_current().enable_progress_bars = False
         dataset = ray.data.from_items(
             [asdict(part) for part in waiting], override_num_blocks=min(len(waiting), MOST_BLOCKS)

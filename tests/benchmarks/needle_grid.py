@@ -148,6 +148,7 @@ def _serve(port: Connection, model_dir: str, concurrency: int) -> None:
 
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
+        listening.listen()  # who asks before the server is up waits
         port.send(listening.getsockname()[1])
         config = uvicorn.Config(api, log_level="warning", access_log=False)
         uvicorn.Server(config).run(sockets=[listening])

@@ -236,6 +236,7 @@ def test_a_file_of_requests_is_answered_as_the_server_does(models, client, tmp_p
     arguments: dict[str, Any] = {
         "config": GenerateConfig(requests=str(tmp_path / "requests.jsonl"), requests_per_part=2),
         "serve": ServeConfig(max_sequences=2),
+        "connect": lambda: None,
         "output": tmp_path / "out",
         "model_dir": models["aligned"],
         "weights": "of the test",
