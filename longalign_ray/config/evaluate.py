@@ -143,7 +143,7 @@ class EvaluateConfig(Section):
     models: tuple[str, ...] = ("base", "aligned")
     """Model names asked of the endpoint."""
     concurrency: PositiveInt = 8
-    """Requests in flight at a time."""
+    """Requests in flight at a time; more than the server computes together keep it busy between two of them."""
     request_timeout_seconds: PositiveFloat = 600
     """Limit for one answer."""
     max_attempts: PositiveInt = 4

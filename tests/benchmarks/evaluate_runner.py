@@ -5,8 +5,9 @@ capacity that is used where it answers after a fixed time and so many requests t
 
 Goals: at least 300 cases a second, and 95 % of the capacity whatever the server allows. The server is aiohttp in a
 process of its own, and a bare client asks it in the same run, to tell its speed and the runner's apart. With as many
-requests on the way as the server takes, each that ends leaves a place empty until the client has sent another; with
-more, the server has the next one already.
+requests on the way as the server takes, each that ends leaves a place empty until the client has sent another, and of N
+that end together the last waits for the CPU time of N: no client keeps 95 % so. With more, the server has the next one
+already.
 """
 
 from __future__ import annotations
