@@ -25,6 +25,7 @@ HELP = {
     "train": "train; an interrupted run continues where it stopped",
     "export": "write the newest checkpoint as a Hugging Face directory",
     "serve": "serve the base and the aligned model behind an OpenAI-compatible endpoint",
+    "generate": "answer a file of requests (generate.requests=FILE.jsonl) without a server, on all replicas",
     "evaluate": "needle test, held-out loss and benchmarks, before and after",
     "report": "write report.html",
     "compare": "scores of several runs side by side, with intervals",

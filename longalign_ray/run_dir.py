@@ -77,6 +77,11 @@ class RunDir:
         return self.root / "evaluate" / "scores"
 
     @property
+    def generated(self) -> Path:
+        """Directory of the answers to a file of requests."""
+        return self.root / "generate"
+
+    @property
     def report_html(self) -> Path:
         return self.root / "report.html"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longalign_ray.config import RunConfig
+from longalign_ray.config import EvaluateConfig, RunConfig
+from longalign_ray.config.section import Section
 from longalign_ray.run_dir import STAGES, Manifest, RunDir, digest
 
 WATCHING = ("heldout_every", "max_loss_ratio", "profile_steps", "sinks")
@@ -35,7 +36,7 @@ def stage_digest(config: RunConfig, run_dir: RunDir, stage: str) -> str:
         ],
         "train": [{name: value for name, value in dump["train"].items() if name not in WATCHING}],
         "export": [dump["export"]],
-        "evaluate": [dump["evaluate"]],
+        "evaluate": [dump["evaluate"], _benchmark_state(config.evaluate) if stage == "evaluate" else []],
     }
     upstream = {"prepare": "construct", "train": "prepare", "export": "train", "evaluate": "export"}.get(stage)
     if stage == "prepare" and config.corpus.named:
@@ -64,7 +65,15 @@ def changed_settings(recipe: dict[str, Any], config: RunConfig) -> list[str]:
             return {name: tree}
         return {key: value for part, below in tree.items() for key, value in flat(below, f"{name}.{part}").items()}
 
-    may = {"run_dir", "export", "serve", "evaluate", "ray", *(f"train.{name}" for name in RESUMES_WITH_OTHER)}
+    may = {
+        "run_dir",
+        "export",
+        "serve",
+        "evaluate",
+        "generate",
+        "ray",
+        *(f"train.{name}" for name in RESUMES_WITH_OTHER),
+    }
     was, now = (
         {key[1:]: value for key, value in flat(tree).items()} for tree in (recipe, config.model_dump(mode="json"))
     )
@@ -114,3 +123,13 @@ def _input_state(config: RunConfig) -> list[Any]:
     states = [file.state for files in source_files(config.corpus, config.corpus.named).values() for file in files]
     evaluation = evaluation_state(config.data.decontaminate.paths, endpoint=config.corpus.storage_endpoint)
     return [states, evaluation, tokenising_state(config.model.path, config.model.chat_template)]
+
+
+def _benchmark_state(config: EvaluateConfig) -> list[tuple[str, int, int]]:
+    """Name, size and time of each file that a benchmark's section names, or that is below a directory which it names,
+    so that with any of them changed the stage runs anew; answers to the same requests are kept. Data of the hub is
+    taken to be what it was: its address may name a revision."""
+    sections = [section for _, section in config if isinstance(section, Section)]
+    paths = [Path(value) for section in sections for _, value in section if isinstance(value, str) and value]
+    files = {file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
+    return [(str(file), (status := file.stat()).st_size, status.st_mtime_ns) for file in sorted(files)]

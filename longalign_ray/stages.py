@@ -236,21 +236,66 @@ def write_serve_config(config: RunConfig, run_dir: RunDir, file: Path) -> None:
     logger.info("serve: wrote %s; start it with `serve deploy %s`", file, file)
 
 
+def generate(config: RunConfig, run_dir: RunDir) -> Manifest:
+    """Answers the requests of a file with the engines of `serve`, and no HTTP between; a killed run continues."""
+    from longalign_ray.serve.generate import generate as answer
+
+    if config.generate.requests is None:
+        raise ConfigError("generate.requests is not set: name a file of JSON lines, generate.requests=FILE.jsonl")
+    if config.generate.model == "base":
+        model_dir, weights = local_model_dir(config.model.path), config.model.path
+    else:
+        model_dir = served_models(config, run_dir)["aligned"]
+        weights = Manifest.load(run_dir.manifest("export"))
+    output = run_dir.generated if config.generate.output is None else Path(config.generate.output)
+    started = time.perf_counter()
+    counts, dropped = answer(
+        config.generate,
+        config.serve,
+        connect=lambda: connect_ray(config),
+        output=output,
+        model_dir=model_dir,
+        weights=weights,
+        chat_template=config.model.chat_template,
+        dtype=config.model.dtype,
+    )
+    manifest = Manifest(
+        stage="generate",
+        config_digest="",
+        inputs=[config.generate.requests, str(model_dir)],
+        outputs=[str(output)],
+        counts=counts,
+        dropped_by_reason=dropped,
+        versions=_versions(),
+        seconds=time.perf_counter() - started,
+    )
+    manifest.save(output / "manifest.json")
+    _tell(manifest)
+    return manifest
+
+
 def evaluate(config: RunConfig, run_dir: RunDir) -> Manifest:
     """Benchmarks over HTTP, from `evaluate.endpoint` or an application started for the purpose."""
     from longalign_ray.evaluate.runner import evaluate as ask
+    from longalign_ray.evaluate.short_tasks import load_short_tasks, score_short_tasks
     from longalign_ray.serve.app import running_app
 
     def work() -> Manifest:
         cases = evaluation_cases(config, run_dir)  # first: what is missing is told before servers start
+        short_tasks = [] if config.evaluate.lm_eval is None else load_short_tasks(config.evaluate.lm_eval)
+
+        def measure(base_url: str, key_place: str | None) -> tuple[dict[str, Any], dict[str, int]]:
+            key = _first_key(key_place)
+            counts, dropped = ask(config.evaluate, run_dir, base_url=base_url, cases=cases, api_key=key)
+            if short_tasks:
+                model_dir = local_model_dir(config.model.path)
+                counts |= score_short_tasks(
+                    config.evaluate, run_dir, base_url=base_url, tasks=short_tasks, tokenizer_dir=model_dir, api_key=key
+                )
+            return counts, dropped
+
         if config.evaluate.endpoint is not None:
-            counts, dropped = ask(
-                config.evaluate,
-                run_dir,
-                base_url=config.evaluate.endpoint,
-                cases=cases,
-                api_key=_first_key(config.evaluate.api_key),
-            )
+            counts, dropped = measure(config.evaluate.endpoint, config.evaluate.api_key)
         else:
             models = {
                 name: path for name, path in served_models(config, run_dir).items() if name in config.evaluate.models
@@ -259,9 +304,7 @@ def evaluate(config: RunConfig, run_dir: RunDir) -> Manifest:
             with running_app(
                 models, config.serve, chat_template=config.model.chat_template, dtype=config.model.dtype
             ) as base_url:
-                counts, dropped = ask(
-                    config.evaluate, run_dir, base_url=base_url, cases=cases, api_key=_first_key(config.serve.api_keys)
-                )
+                counts, dropped = measure(base_url, config.serve.api_keys)
         return _manifest(config, run_dir, "evaluate", [run_dir.model], [run_dir.scores], counts, dropped)
 
     return _stage(config, run_dir, "evaluate", work)
@@ -365,13 +408,19 @@ def _stage(
     )
     manifest.save(run_dir.manifest(stage))
     run_dir.config.write_text(dump_config(config), encoding="utf-8")  # only now: a refused command changes nothing
+    _tell(manifest)
+    return manifest
+
+
+def _tell(manifest: Manifest) -> None:
     numbers = ", ".join(
         f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}"
         for name, value in manifest.counts.items()
     )
     dropped = ", ".join(f"{reason} {number}" for reason, number in manifest.dropped_by_reason.items())
-    logger.info("%s: %.0f s; %s%s", stage, manifest.seconds, numbers, f"; dropped: {dropped}" if dropped else "")
-    return manifest
+    logger.info(
+        "%s: %.0f s; %s%s", manifest.stage, manifest.seconds, numbers, f"; dropped: {dropped}" if dropped else ""
+    )
 
 
 def _manifest(

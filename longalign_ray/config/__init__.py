@@ -16,6 +16,7 @@ from longalign_ray.config.data import DataConfig, DecontaminateConfig, DedupConf
 from longalign_ray.config.evaluate import (
     EvaluateConfig,
     JudgeConfig,
+    LmEvalConfig,
     LongBenchChatConfig,
     LongBenchConfig,
     LongBenchV2Config,
@@ -24,6 +25,7 @@ from longalign_ray.config.evaluate import (
     NeedleConfig,
     RulerConfig,
 )
+from longalign_ray.config.generate import GenerateConfig
 from longalign_ray.config.model import ModelConfig, RopeConfig
 from longalign_ray.config.section import Section, Style
 from longalign_ray.config.serve import ServeConfig
@@ -42,7 +44,9 @@ __all__ = [
     "DedupConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "GenerateConfig",
     "JudgeConfig",
+    "LmEvalConfig",
     "LongBenchChatConfig",
     "LongBenchConfig",
     "LongBenchV2Config",
@@ -96,6 +100,7 @@ class RunConfig(Section):
     export: ExportConfig = ExportConfig()
     serve: ServeConfig = ServeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    generate: GenerateConfig = GenerateConfig()
     ray: RayConfig = RayConfig()
 
     @property

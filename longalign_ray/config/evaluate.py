@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from longalign_ray.config.section import Section, key_place
+from longalign_ray.config.section import Count, Section, key_place
 
 
 class NeedleConfig(Section):
@@ -122,6 +122,20 @@ class MTBenchConfig(Section):
     """Only the first questions; none: all."""
 
 
+class LmEvalConfig(Section):
+    """Short tasks of EleutherAI's lm-evaluation-harness (extra `short`), which show that short abilities hold."""
+
+    tasks: Annotated[dict[str, Count | None], Field(min_length=1)] = Field(
+        default_factory=lambda: {"arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc2": 0, "mmlu": 5}
+    )
+    """Names of tasks or groups with their numbers of examples in the prompt, null for the task's own; by default those
+    of LongAlign, as on the Open LLM Leaderboard."""
+    limit: PositiveInt | None = None
+    """Only the first questions of each task; none: all."""
+    include_path: str | None = None
+    """Directory with YAML files of further tasks."""
+
+
 class JudgeConfig(Section):
     """A model that rates answers, behind any OpenAI-compatible endpoint."""
 
@@ -165,7 +179,7 @@ class EvaluateConfig(Section):
     models: tuple[str, ...] = ("base", "aligned")
     """Model names asked of the endpoint."""
     concurrency: PositiveInt = 8
-    """Requests in flight at a time."""
+    """Requests in flight at a time; more than the server computes together keep it busy between two of them."""
     request_timeout_seconds: PositiveFloat = 600
     """Limit for one answer."""
     max_attempts: PositiveInt = 4
@@ -186,6 +200,8 @@ class EvaluateConfig(Section):
     """MT-Bench; null leaves it out."""
     judge: JudgeConfig | None = None
     """The model that rates the answers of the tasks that are judged."""
+    lm_eval: LmEvalConfig | None = None
+    """Short tasks; null leaves them out."""
     heldout_loss: bool = True
     """Loss of the held-out examples, from the log-probabilities that the endpoint returns."""
 

@@ -18,11 +18,13 @@ from longalign_ray.run_dir import RunDir
 
 Comparison = dict[str, Any]
 
+PARTS_COMPARED = ("lm_eval",)  # tasks of different kinds under one title
+
 
 def compare(run_dirs: Sequence[RunDir]) -> Comparison:
     """`columns` (run, model), and by task its metric, `scores` and `changes`, one for each column, null where there is
     none: value, low and high of the 95 % interval, num_cases. A change is to the first column that has the task, over
-    the cases that both answered.
+    the cases that both answered. A task of PARTS_COMPARED is followed by its parts, as `task/part`.
 
     Empty where no run has a score. Raises EvaluationError where a score file cannot be read.
     """
@@ -35,13 +37,13 @@ def compare(run_dirs: Sequence[RunDir]) -> Comparison:
                 if model not in of_run:
                     of_run[model] = len(columns)
                     columns.append({"run": run_dir.root.resolve().name, "model": model})
-                found.setdefault(task, {})[of_run[model]] = score
+                for name, of_part in {task: score, **_parts(task, score)}.items():
+                    found.setdefault(name, {})[of_run[model]] = of_part
     if not columns:
         return {}
-    return {
-        "columns": columns,
-        "tasks": {task: _of_task(found[task], len(columns)) for task in TITLES if task in found},
-    }
+    order = list(TITLES)
+    names = sorted(found, key=lambda name: order.index(name.partition("/")[0]))  # stable: parts stay behind the whole
+    return {"columns": columns, "tasks": {name: _of_task(found[name], len(columns)) for name in names}}
 
 
 def describe_comparison(roots: Sequence[str], *, form: str) -> str:
@@ -102,13 +104,27 @@ def _read(run_dir: RunDir, task: str) -> dict[str, Any]:
     try:
         scores = model_scores(run_dir, task)
         for score in scores.values():
-            for name in ("metric", "value", "num_cases"):
+            for name in ("metric", "value", "num_cases", *(["parts"] if task in PARTS_COMPARED else [])):
                 score[name]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(
             f"a file {task}-*.json of {run_dir.scores} cannot be read ({error!r}): `longalign evaluate` makes it anew"
         ) from error
     return scores
+
+
+def _parts(task: str, score: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The scores of the parts of a task, each as that of a task."""
+    if task not in PARTS_COMPARED:
+        return {}
+    return {
+        f"{task}/{name}": {
+            **part,
+            "value": score["by_group"][name],
+            "by_case": {name: score["by_case"][name]} if score["by_case"] else {},
+        }
+        for name, part in score["parts"].items()
+    }
 
 
 def _of_task(scores: dict[int, dict[str, Any]], num_columns: int) -> dict[str, Any]:
@@ -144,7 +160,8 @@ def _rows(comparison: Comparison) -> list[tuple[str, ...]]:
             if change is not None:
                 cell += f"; change {_with_interval(task, change, sign=True)}"
             cells.append(cell)
-        rows.append((f"{TITLES[task]} ({unit(task)})", *cells))
+        whole, _, part = task.partition("/")
+        rows.append((f"{TITLES[whole]}{part and f': {part}'} ({unit(whole)})", *cells))
     return rows
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import quote
 
@@ -43,7 +42,8 @@ def file_stem(task: str, model: str) -> str:
 
 
 def _line(prediction: Prediction) -> str:
-    return json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
+    # not `asdict`, which copies all the way down: an answer is written before the next request goes out
+    return json.dumps({name: getattr(prediction, name) for name in Prediction.__slots__}, ensure_ascii=False) + "\n"
 
 
 def _read(path: Path, digests: Mapping[str, str]) -> dict[str, Prediction]:

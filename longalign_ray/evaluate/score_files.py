@@ -18,6 +18,7 @@ BENCHMARK_TITLES = {
     "longeval": "LongEval",
     "longbench_chat": "LongBench-Chat",
     "mt_bench": "MT-Bench",
+    "lm_eval": "Short tasks",
 }
 TITLES = {"needle": "Needle accuracy", "heldout": "Held-out loss", **BENCHMARK_TITLES}
 UNITS = {"heldout": "nats", "longbench_chat": "1 to 10", "mt_bench": "1 to 10"}  # the others: per cent

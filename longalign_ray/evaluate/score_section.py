@@ -47,10 +47,17 @@ def _benchmark(task: str, scores: Summary | None, missing: str | None) -> str:
     parts = list(dict.fromkeys(part for score in scores.values() for part in score["by_group"]))
     rows = [("all", *(shown(task, score["value"]) for score in scores.values()))]
     for part in parts:
-        of_part = [score["by_group"].get(part) for score in scores.values()]
-        rows.append((part, *("–" if value is None else shown(task, value) for value in of_part)))
+        rows.append((part, *(_part(task, score, part) for score in scores.values())))
     answered = " ".join(dict.fromkeys(_answered(score) for score in scores.values()))
     return page.figure(f"{BENCHMARK_TITLES[task]} ({unit(task)})", page.table(("Part", *scores), rows), answered)
+
+
+def _part(task: str, score: Summary, part: str) -> str:
+    """The score of a part, with its standard error where the benchmark gives one."""
+    value, stderr = score["by_group"].get(part), score.get("parts", {}).get(part, {}).get("stderr")
+    if value is None:
+        return "–"
+    return shown(task, value) + ("" if stderr is None else f" ± {shown(task, stderr)}")
 
 
 def _ruler(model: str, score: Summary) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Response
@@ -14,24 +13,16 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from longalign_ray.config import ServeConfig
-from longalign_ray.errors import ServingError
-from longalign_ray.serve.answer import Asked, Piece, ServedModel, answer, merged, score
+from longalign_ray.serve.answer import Asked, ServedModel, answer, merged
 from longalign_ray.serve.api_errors import add_error_handlers
 from longalign_ray.serve.ask import asked_by_chat, asked_by_completion, context_of
 from longalign_ray.serve.document_page import add_page
-from longalign_ray.serve.engine import Token
 from longalign_ray.serve.guard import Guard
-from longalign_ray.serve.logprobs import chat_logprobs, completion_logprobs
 from longalign_ray.serve.metrics import Metered, Metrics
 from longalign_ray.serve.schema import (
-    AnswerMessage,
     ApiError,
-    ChatChoice,
     ChatRequest,
-    ChatResponse,
-    CompletionChoice,
     CompletionRequest,
-    CompletionResponse,
     DetokenizeRequest,
     DetokenizeResponse,
     ModelCard,
@@ -39,7 +30,8 @@ from longalign_ray.serve.schema import (
     TokenizeRequest,
     TokenizeResponse,
 )
-from longalign_ray.serve.stream import chat_chunks, event_stream, text_chunks, usage_info
+from longalign_ray.serve.stream import chat_chunks, event_stream, text_chunks
+from longalign_ray.serve.whole_answer import chat_response, completion_response
 
 Health = Callable[[], Awaitable[Mapping[str, bool]]]
 
@@ -100,17 +92,7 @@ def build_api(
         named: dict[str, Any] = {"id": _answer_id("chatcmpl"), "created": int(time.time()), "model": request.model}
         if request.stream:
             return await event_stream(chat_chunks(model, request, asked, merged(streams(model, asked)), named=named))
-        made = await _all([_collect(stream) for stream in streams(model, asked).values()])
-        choices = [
-            ChatChoice(
-                index=index,
-                message=AnswerMessage(content=text),
-                logprobs=chat_logprobs(model, tokens) if request.logprobs else None,
-                finish_reason=last.finish_reason,
-            )
-            for index, (text, last, tokens) in enumerate(made)
-        ]
-        return _json(ChatResponse(**named, choices=choices, usage=usage_info(asked, [last for _, last, _ in made])))
+        return _json(await chat_response(model, request, asked, streams(model, asked), named=named))
 
     @api.post("/v1/completions")
     async def completions(request: CompletionRequest) -> Response:
@@ -119,10 +101,7 @@ def build_api(
         named: dict[str, Any] = {"id": _answer_id("cmpl"), "created": int(time.time()), "model": request.model}
         if request.stream:
             return await event_stream(text_chunks(model, request, asked, merged(streams(model, asked)), named=named))
-        of_choice = streams(model, asked)
-        made = await _all([_complete(model, request, each, of_choice[each.index]) for each in asked])
-        usage = usage_info(asked, [last for _, last in made])
-        return _json(CompletionResponse(**named, choices=[choice for choice, _ in made], usage=usage))
+        return _json(await completion_response(model, request, asked, streams(model, asked), named=named))
 
     paths = frozenset(str(getattr(route, "path", "")) for route in api.routes)
     api.add_middleware(Guard, key_digests=key_digests, max_body_bytes=config.max_body_bytes)
@@ -130,38 +109,8 @@ def build_api(
     return api
 
 
-async def _complete(
-    model: ServedModel, request: CompletionRequest, asked: Asked, stream: Any
-) -> tuple[CompletionChoice, Piece]:
-    """One choice of /v1/completions: scores the prompt where it is echoed with log-probabilities, then generates."""
-    text, tokens = "", []
-    last = Piece("", (), 0, 0, "length")
-    wants_logprobs = request.logprobs is not None
-    prompt_score = await score(model, asked) if request.echo and wants_logprobs else None
-    if asked.sampling.max_tokens > 0:
-        text, last, tokens = await _collect(stream)
-    if request.echo:
-        text = (asked.prompt if isinstance(asked.prompt, str) else model.tokenizer.decode(asked.prompt)) + text
-    logprobs = None
-    if wants_logprobs:
-        logprobs = completion_logprobs(model, tokens, prompt_ids=asked.token_ids, prompt_score=prompt_score)
-    return CompletionChoice(index=asked.index, text=text, logprobs=logprobs, finish_reason=last.finish_reason), last
-
-
 def _json(made: BaseModel) -> Response:
     return Response(made.model_dump_json(), media_type="application/json")
-
-
-async def _all(calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Results of concurrent calls; the first failure cancels the rest."""
-    if len(calls) == 1:
-        return [await calls[0]]
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def _find(models: Mapping[str, ServedModel], name: str) -> ServedModel:
@@ -175,18 +124,3 @@ def _find(models: Mapping[str, ServedModel], name: str) -> ServedModel:
 
 def _answer_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
-
-
-async def _collect(pieces: Any) -> tuple[str, Piece, list[Token]]:
-    """The whole text, the last piece and all tokens."""
-    texts: list[str] = []
-    tokens: list[Token] = []
-    last = None
-    async with aclosing(pieces):
-        async for piece in pieces:
-            texts.append(piece.text)
-            tokens += piece.tokens
-            last = piece
-    if last is None:
-        raise ServingError("the engine gave no answer; ask again")
-    return "".join(texts), last, tokens

@@ -17,16 +17,24 @@ import openai
 import pytest
 import torch
 
-from longalign_ray.config import EvaluateConfig, LongBenchConfig, NeedleConfig, ServeConfig
+from longalign_ray.config import (
+    EvaluateConfig,
+    GenerateConfig,
+    LmEvalConfig,
+    LongBenchConfig,
+    NeedleConfig,
+    ServeConfig,
+)
 from longalign_ray.data.store import Example
 from longalign_ray.data.template import encode_prompt, load_tokenizer
-from longalign_ray.errors import ServingError
+from longalign_ray.errors import EvaluationError, ServingError
 from longalign_ray.evaluate.benchmarks import task_cases
 from longalign_ray.evaluate.haystack import default_haystack
 from longalign_ray.evaluate.longbench_score import score_directory
 from longalign_ray.evaluate.needle import needle_cases
 from longalign_ray.evaluate.report import write_report
 from longalign_ray.evaluate.runner import evaluate
+from longalign_ray.evaluate.short_tasks import load_short_tasks, score_short_tasks
 from longalign_ray.evaluate.task import TaskInputs
 from longalign_ray.run_dir import RunDir
 from tests.tiny_model import write_tiny_model
@@ -79,12 +87,12 @@ def client(base_url: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def greedy_text(model_dir: Path, num_tokens: int) -> str:
+def greedy_text(model_dir: Path, num_tokens: int, messages: Any = MESSAGES) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    prompt = torch.tensor([encode_prompt(tokenizer, MESSAGES)])
+    prompt = torch.tensor([encode_prompt(tokenizer, messages)])
     settings = {"max_new_tokens": num_tokens, "do_sample": False, "pad_token_id": 0}
     out = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
     return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")
@@ -216,6 +224,43 @@ def test_second_application_is_refused(base_url, models):
     assert httpx.get(base_url.removesuffix("/v1") + "/health").status_code == 200
 
 
+def test_a_file_of_requests_is_answered_as_the_server_does(models, client, tmp_path):
+    """By engines in Ray actors, without HTTP; what is done is not done again."""
+    from longalign_ray.serve.generate import generate
+
+    bodies = [{"messages": [{"role": "user", "content": f"Say {number}."}]} for number in range(5)]
+    lines = [
+        json.dumps({"id": number, "max_tokens": 12, "temperature": 0, **body}) for number, body in enumerate(bodies)
+    ]
+    (tmp_path / "requests.jsonl").write_text("\n".join([*lines, "no request"]))
+    arguments: dict[str, Any] = {
+        "config": GenerateConfig(requests=str(tmp_path / "requests.jsonl"), requests_per_part=2),
+        "serve": ServeConfig(max_sequences=2),
+        "connect": lambda: None,
+        "output": tmp_path / "out",
+        "model_dir": models["aligned"],
+        "weights": "of the test",
+        "chat_template": None,
+        "dtype": "float32",
+    }
+    counts, dropped = generate(**arguments)
+    assert (counts["requests"], counts["answered"], counts["parts"], dropped) == (6, 5, 3, {"bad_json": 1})
+    paths = sorted((tmp_path / "out").glob("part-*.jsonl"))
+    rows = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [row["id"] for row in rows] == [*range(5), None]
+    for body, row in zip(bodies, rows, strict=False):
+        made = client.chat.completions.create(model="aligned", max_tokens=12, temperature=0, **body)
+        assert row["choices"][0]["message"]["content"] == made.choices[0].message.content
+    paths[1].touch()
+    times = [path.stat().st_mtime_ns for path in paths]
+    next((tmp_path / "out" / "done").glob("00001-*.json")).unlink()  # as if killed before it was whole
+    again, _ = generate(**arguments)
+    assert {**again, "cached_tokens": 0} == {**counts, "cached_tokens": 0, "resumed_parts": 2}
+    assert [path.stat().st_mtime_ns == time for path, time in zip(paths, times, strict=True)] == [True, False, True]
+    with pytest.raises(ServingError, match=r"generate\.output: .* of another model"):
+        generate(**arguments | {"weights": "trained anew"})
+
+
 def heldout_examples() -> list[Example]:
     random = np.random.default_rng(0)
     masks = [np.arange(60) >= 50, np.arange(25) % 3 == 0, np.arange(300) >= 10]
@@ -288,6 +333,104 @@ def test_evaluate_against_the_served_models(models: dict[str, Path], base_url: s
     summary = write_report(run_dir)
     assert summary["heldout"]["base"]["value"] == counts["base_heldout_loss"]
     assert f"{counts['aligned_heldout_loss']:.3f}" in run_dir.report_html.read_text(encoding="utf-8")
+
+
+def short_task_files(directory: Path) -> list[dict[str, Any]]:
+    """Files of the harness's tasks `colours`, of multiple choice, and `continue`, which generates; gives their rows."""
+    directory.mkdir()
+    rows = [
+        {
+            "question": f"Case {number}: is it",
+            "choices": ["red", "dark green", "a very light blue"],
+            "answer": number % 3,
+        }
+        for number in range(6)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (directory / "rows.jsonl").write_text(lines, encoding="utf-8")
+    data = f"""
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {directory / "rows.jsonl"}}}, cache_dir: {directory / "cache"}}}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+"""
+    (directory / "colours.yaml").write_text(
+        f"task: colours\noutput_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: answer\n{data}"
+        "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    (directory / "continue.yaml").write_text(
+        f"task: continue\noutput_type: generate_until\ndoc_to_target: '{{{{choices[0]}}}}'\n{data}"
+        "generation_kwargs: {max_gen_toks: 8, until: ['</s>']}\nmetric_list: [{metric: exact_match}]\n"
+    )
+    return rows
+
+
+def choices_by_transformers(model_dir: Path, rows: list[dict[str, Any]]) -> list[int]:
+    """The likeliest choice of each row, by log-probability a byte."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(model_dir)
+    chosen = []
+    for row in rows:
+        likelihoods = []
+        for choice in row["choices"]:
+            start = len(tokenizer(row["question"])["input_ids"])
+            ids = torch.tensor(tokenizer(f"{row['question']} {choice}")["input_ids"])
+            with torch.inference_mode():
+                logprobs = model(ids[None]).logits[0].log_softmax(-1)
+            of_token = logprobs[start - 1 : -1].gather(1, ids[start:, None])
+            likelihoods.append(float(of_token.sum()) / len(choice))
+        chosen.append(likelihoods.index(max(likelihoods)))
+    return chosen
+
+
+def test_short_tasks_of_the_harness(
+    models: dict[str, Path], base_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'longalign_ray[short]'")
+    rows = short_task_files(tmp_path / "tasks")
+    short = LmEvalConfig(tasks={"colours": 0, "continue": None}, include_path=str(tmp_path / "tasks"))
+    config = EvaluateConfig(concurrency=4, lm_eval=short, max_attempts=2)
+    tasks, run_dir = load_short_tasks(short), RunDir(tmp_path)
+    arguments: dict[str, Any] = {"tasks": tasks, "base_url": base_url, "tokenizer_dir": models["base"], "api_key": KEY}
+    counts = score_short_tasks(config, run_dir, **arguments)
+    for name, model_dir in models.items():
+        chosen = choices_by_transformers(model_dir, rows)
+        right = [float(choice == row["answer"]) for choice, row in zip(chosen, rows, strict=True)]
+        score = json.loads((run_dir.scores / f"lm_eval-{name}.json").read_text(encoding="utf-8"))
+        assert list(score["by_case"]["colours"].values()) == right
+        assert counts[f"{name}_colours"] == sum(right) / 6
+        assert score["parts"]["colours"]["stderr"] == pytest.approx(np.std(right, ddof=1) / 6**0.5)
+        assert counts[f"{name}_short_accuracy"] == sum(right) / 12  # nobody continues with the colour
+
+    finished = [engine_stats(name).finished for name in models]
+    assert score_short_tasks(config, run_dir, **arguments) == counts
+    assert [engine_stats(name).finished for name in models] == finished  # not asked again
+
+    with pytest.raises(EvaluationError, match="colours of base: a request failed"):
+        score_short_tasks(config, RunDir(tmp_path / "other"), **arguments | {"api_key": "another-key"})
+    assert "Bearer [key]" in caplog.text
+    assert "another-key" not in caplog.text
+
+
+def test_the_harness_asks_chats_as_well(models: dict[str, Path], base_url: str, tmp_path: Path):
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'longalign_ray[short]'")
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import get_model  # pyright: ignore[reportMissingImports]
+
+    rows = short_task_files(tmp_path / "tasks")
+    (task,) = load_short_tasks(LmEvalConfig(tasks={"continue": None}, include_path=str(tmp_path / "tasks")))
+    chat = get_model("local-chat-completions")(
+        model="base",
+        base_url=f"{base_url}/chat/completions",
+        num_concurrent=4,
+        header={"Authorization": f"Bearer {KEY}"},
+    )
+    results = simple_evaluate(model=chat, tasks=[task.loaded], task_manager=task.manager, apply_chat_template=True)
+    answers = [sample["resps"][0][0] for sample in results["samples"]["continue"]]
+    expected = [greedy_text(models["base"], 8, [{"role": "user", "content": row["question"]}]) for row in rows]
+    assert answers == expected
 
 
 def test_the_server_counts_the_prompt_as_the_grid_does(models: dict[str, Path], base_url: str):

@@ -187,7 +187,7 @@ def test_config_and_stages_import_without_warnings_or_heavy_packages() -> None:
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("job", ["construct", "prepare", "train", "serve", "evaluate", "pipeline"])
+@pytest.mark.parametrize("job", ["construct", "prepare", "train", "serve", "generate", "evaluate", "pipeline"])
 def test_jobs_report_like_the_command(job: str, tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     found = subprocess.run(

@@ -47,6 +47,7 @@ LAYERS = {
     "serve.app": 6,
     "serve.deploy": 6,
     "serve.remote_engine": 6,
+    "serve.generate": 6,
     "evaluate.runner": 6,
     "evaluate.report": 6,
     "config_load": 7,
@@ -68,6 +69,7 @@ GLUE = (
     "serve.app",
     "serve.deploy",
     "serve.remote_engine",
+    "serve.generate",
     "evaluate.runner",
     "evaluate.report",
 )

@@ -64,6 +64,26 @@ def test_a_changed_corpus_or_a_lost_output_is_due(tmp_path: Path) -> None:
     assert stage_state.is_done(config, run_dir, "prepare") is None
 
 
+def test_changed_data_of_a_benchmark_is_measured_anew(tmp_path: Path) -> None:
+    data, prompts = tmp_path / "bench" / "data", tmp_path / "bench" / "prompts.json"
+    data.mkdir(parents=True)
+    for path in (data / "hotpotqa.jsonl", prompts):
+        path.write_text("{}")
+    config = config_of(tmp_path, f"evaluate.longbench.data={data}", f"evaluate.longbench.prompts={prompts}")
+    run_dir = RunDir(tmp_path / "run")
+    changes = {
+        "other content": lambda: prompts.write_text("{ }"),
+        "content of the same size": lambda: os.utime(data / "hotpotqa.jsonl", ns=(1, 1)),
+        "one more file": lambda: (data / "lcc.jsonl").write_text("{}"),
+        "one less": lambda: (data / "hotpotqa.jsonl").unlink(),
+    }
+    for what, change in changes.items():
+        mark_done(config, run_dir, "evaluate")
+        assert stage_state.is_done(config, run_dir, "evaluate")
+        change()
+        assert stage_state.is_done(config, run_dir, "evaluate") is None, what
+
+
 def test_a_changed_template_or_tokenizer_or_format_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir, template, model = RunDir(tmp_path / "run"), tmp_path / "own.jinja", tmp_path / "model"
     model.mkdir()
