@@ -44,11 +44,12 @@ def generate(
     problems = []
     if waiting:
         connect()
+        answerer: Any = PartAnswerer  # a class, of which Ray's types do not know
         ray.data.DataContext.get_current().enable_progress_bars = False
         dataset = ray.data.from_items(
             [asdict(part) for part in waiting], override_num_blocks=min(len(waiting), MOST_BLOCKS)
         ).map(
-            PartAnswerer,
+            answerer,
             fn_constructor_args=(str(model_dir.resolve()), serve),
             fn_constructor_kwargs={
                 "name": config.model, "dtype": dtype, "chat_template": template, "output": str(output.resolve())

@@ -257,8 +257,9 @@ def test_a_file_of_requests_is_answered_as_the_server_does(models, client, tmp_p
     again, _ = generate(**arguments)
     assert {**again, "cached_tokens": 0} == {**counts, "cached_tokens": 0, "resumed_parts": 2}
     assert [path.stat().st_mtime_ns == time for path, time in zip(paths, times, strict=True)] == [True, False, True]
+    arguments["weights"] = "trained anew"
     with pytest.raises(ServingError, match=r"generate\.output: .* of another model"):
-        generate(**arguments | {"weights": "trained anew"})
+        generate(**arguments)
 
 
 def heldout_examples() -> list[Example]:
@@ -408,26 +409,27 @@ def test_short_tasks_of_the_harness(
     assert score_short_tasks(config, run_dir, **arguments) == counts
     assert [engine_stats(name).finished for name in models] == finished  # not asked again
 
+    arguments["api_key"] = "another-key"
     with pytest.raises(EvaluationError, match="colours of base: a request failed"):
-        score_short_tasks(config, RunDir(tmp_path / "other"), **arguments | {"api_key": "another-key"})
+        score_short_tasks(config, RunDir(tmp_path / "other"), **arguments)
     assert "Bearer [key]" in caplog.text
     assert "another-key" not in caplog.text
 
 
 def test_the_harness_asks_chats_as_well(models: dict[str, Path], base_url: str, tmp_path: Path):
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'longalign_ray[short]'")
-    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
-    from lm_eval.api.registry import get_model  # pyright: ignore[reportMissingImports]
-
+    harness: Any = pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'longalign_ray[short]'")
+    registry: Any = pytest.importorskip("lm_eval.api.registry")
     rows = short_task_files(tmp_path / "tasks")
     (task,) = load_short_tasks(LmEvalConfig(tasks={"continue": None}, include_path=str(tmp_path / "tasks")))
-    chat = get_model("local-chat-completions")(
+    chat = registry.get_model("local-chat-completions")(
         model="base",
         base_url=f"{base_url}/chat/completions",
         num_concurrent=4,
         header={"Authorization": f"Bearer {KEY}"},
     )
-    results = simple_evaluate(model=chat, tasks=[task.loaded], task_manager=task.manager, apply_chat_template=True)
+    results = harness.simple_evaluate(
+        model=chat, tasks=[task.loaded], task_manager=task.manager, apply_chat_template=True
+    )
     answers = [sample["resps"][0][0] for sample in results["samples"]["continue"]]
     expected = [greedy_text(models["base"], 8, [{"role": "user", "content": row["question"]}]) for row in rows]
     assert answers == expected
