@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from longalign_ray.config import ServeConfig
@@ -16,22 +17,21 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Whether an engine that has requests does anything: gives an event, or changes its counts."""
+    """Whether an engine that has requests does anything, by its counts."""
 
     def __init__(self, *, stuck_seconds: float):
-        self.num_events = 0
         self._stuck_seconds = stuck_seconds
-        self._seen: tuple[EngineStats, int] | None = None
+        self._seen: EngineStats | None = None
         self._moved = 0.0
 
     def check(self, stats: EngineStats, *, now: float) -> None:
         """Raises ServingError where nothing has moved for `stuck_seconds`; called from time to time."""
-        if (stats, self.num_events) != self._seen or stats.active + stats.waiting == 0:
-            self._seen, self._moved = (stats, self.num_events), now
+        if stats != self._seen or stats.active + stats.waiting == 0:
+            self._seen, self._moved = stats, now
         elif now - self._moved > self._stuck_seconds:
             raise ServingError(
                 f"the engine has done nothing for {now - self._moved:.0f} s with {stats.active} requests active and "
-                f"{stats.waiting} waiting; if prompts take that long, raise serve.stuck_seconds = "
+                f"{stats.waiting} waiting; if a step takes that long, raise serve.stuck_seconds = "
                 f"{self._stuck_seconds:g}"
             )
 
@@ -77,13 +77,9 @@ class EngineReplica:
         self._progress = Progress(stuck_seconds=config.stuck_seconds)
 
     async def submit(self, token_ids: list[int], sampling: Sampling) -> AsyncGenerator[GenerationEvent, None]:
-        events = self._engine.submit(token_ids, sampling)
-        try:
+        async with aclosing(self._engine.submit(token_ids, sampling)) as events:
             async for event in events:
-                self._progress.num_events += 1
                 yield event
-        finally:
-            await events.aclose()
 
     async def score(self, token_ids: list[int], num_top: int) -> PromptScore:
         return await self._engine.score(token_ids, num_top=num_top)

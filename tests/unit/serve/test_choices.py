@@ -64,7 +64,7 @@ def test_chat_logprobs_are_those_of_completions(client, model, stream):
     response = client.post("/v1/chat/completions", json={**CHAT, "logprobs": True, "top_logprobs": 2, "stream": stream})
     choices = [chunk["choices"][0] for chunk in events_of(response)] if stream else response.json()["choices"]
     content = [entry for choice in choices for entry in (choice["logprobs"] or {"content": []})["content"]]
-    assert [entry["logprob"] for entry in content] == expected["token_logprobs"]
+    assert [entry["logprob"] for entry in content] == pytest.approx(expected["token_logprobs"], abs=1e-5)
     assert [entry["token"] for entry in content] == expected["tokens"]
     assert [len(entry["top_logprobs"]) for entry in content] == [2] * 12
     assert all(entry["top_logprobs"][0]["logprob"] == entry["logprob"] for entry in content)  # greedy
@@ -132,8 +132,10 @@ def test_metrics_come_without_an_engine_that_fails(model):
     response = client.post("/v1/chat/completions", json=CHAT)
     assert (response.status_code, response.json()["error"]["code"]) == (503, "replica_lost")
     assert int(response.headers["retry-after"]) > 0
+    client.post("/v1/chat/completions", json={**CHAT, "stream": True})
     text = client.get("/metrics").text
-    assert 'status="503"} 1.0' in text
+    assert 'status="503"} 2.0' in text
+    assert 'longalign_lost_answers_total{model="tiny"} 2.0' in text
     assert "longalign_engine_requests{" not in text
 
 
