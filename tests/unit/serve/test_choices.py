@@ -139,6 +139,32 @@ def test_metrics_come_without_an_engine_that_fails(model):
     assert "longalign_engine_requests{" not in text
 
 
+class GatheredEngine(CachedEngine):
+    """Answers `ABCD` and an end token: A at once, then the others together."""
+
+    async def submit(self, token_ids: Any, sampling: Any) -> AsyncGenerator[GenerationEvent, None]:
+        yield GenerationEvent((Token(self.ids[0], -1.0),), 1)
+        yield GenerationEvent(tuple(Token(each, -1.0) for each in self.ids[1:]), 5, "stop")
+
+    def __init__(self, ids: list[int]):
+        self.ids = ids
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "num_tokens"), [(None, "ABCD", 4), ("C", "AB", 3), ("BC", "A", 3), ("AB", "", 2), ("D", "ABC", 4)]
+)
+def test_tokens_after_a_stop_string_are_not_of_the_answer(model, stop, text, num_tokens):
+    """Though they came with it."""
+    engine = GatheredEngine(model.tokenizer("ABCD")["input_ids"])
+    client = client_of(dataclasses.replace(model, engine=engine))
+    body = {"model": "tiny", "prompt": "x", "stop": stop, "logprobs": 0, "max_tokens": 9}
+    made = client.post("/v1/completions", json=body).json()
+    (choice,) = made["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (text, "stop")
+    assert choice["logprobs"]["tokens"] == list("ABCD"[:num_tokens])
+    assert made["usage"]["completion_tokens"] == num_tokens + (stop is None)  # the end token counts
+
+
 def test_failure_of_one_choice_closes_the_others() -> None:
     closed = []
 
