@@ -107,7 +107,7 @@ def replica_states() -> dict[str, int]:
     return {str(getattr(state, "value", state)): number for state, number in states.items() if number}
 
 
-def wait_for(condition: Callable[[], bool], *, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], *, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, replica_states()
