@@ -23,6 +23,8 @@ class ServeConfig(Section):
     """Replicas of each model; as [fewest, most] their number follows the load, upwards within about 30 s."""
     target_ongoing_requests: PositiveInt = 8
     """With [fewest, most]: requests under way or waiting for which there shall be a replica."""
+    busy_seconds: PositiveInt = 10
+    """With [fewest, most]: how long more replicas must have been wanted before they are started."""
     idle_seconds: PositiveInt = 300
     """With [fewest, most]: how long fewer replicas must have sufficed before one is ended."""
     cpus_per_replica: PositiveInt = 1
@@ -60,7 +62,8 @@ class ServeConfig(Section):
     """Requests with the same first so many prompt tokens, such as questions on one document, go to the same replica,
     whose cache then holds them, and to the next one while that has `max_ongoing_requests`. 0: to the least busy one."""
     stuck_seconds: PositiveInt = 900
-    """A replica that has requests and has done nothing for so long is replaced; more than the longest prompt takes."""
+    """A replica that has requests and has computed no token for so long is replaced. vLLM does not tell of a prompt's
+    chunks: with it, more than the longest prompt takes."""
     drain_seconds: PositiveInt = 30
     """At the end requests that are under way may take this long."""
     start_timeout_seconds: PositiveInt = 300

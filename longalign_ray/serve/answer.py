@@ -122,6 +122,7 @@ async def answer(model: ServedModel, asked: Asked) -> AsyncGenerator[Piece, None
     Raises AnswerTimeoutError at the deadline, and what the engine raises.
     """
     detokenizer, stop_strings = Detokenizer(model.tokenizer), StopStrings(asked.stop)
+    num_generated = 0
     async with aclosing(model.engine.submit(asked.token_ids, asked.sampling)) as events:
         while True:
             try:
@@ -131,13 +132,19 @@ async def answer(model: ServedModel, asked: Asked) -> AsyncGenerator[Piece, None
                 raise AnswerTimeoutError(TIMED_OUT) from error
             except StopAsyncIteration as error:
                 raise ServingError("the engine ended before the answer was complete; ask again") from error
-            text = stop_strings.push(detokenizer.push([token.token_id for token in event.tokens]))
+            text, tokens = "", []
+            for token in event.tokens:  # one by one, as those after a stop string are not of the answer
+                text += stop_strings.push(detokenizer.push([token.token_id]))
+                tokens.append(token)
+                if stop_strings.found:
+                    break
+            num_generated = num_generated + len(tokens) if stop_strings.found else event.num_generated
             finish_reason = event.finish_reason
             if finish_reason is not None:
                 text += stop_strings.push(detokenizer.finish()) + stop_strings.finish()
             if stop_strings.found:
                 finish_reason = "stop"
-            yield Piece(text, event.tokens, event.num_generated, event.num_cached, finish_reason)
+            yield Piece(text, tuple(tokens), num_generated, event.num_cached, finish_reason)
             if finish_reason is not None:
                 return  # which cancels the request, unless the engine has ended it
 

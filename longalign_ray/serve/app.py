@@ -31,8 +31,7 @@ logger = logging.getLogger(__name__)
 APP_NAME = "longalign"
 INGRESS_NAME = "openai-api"
 POLL_SECONDS = 0.5
-LOOK_BACK_SECONDS = 15.0  # Serve reports the load every 10 s and wants to look back longer than that
-UPSCALE_SECONDS = 10.0
+LOAD_SECONDS = HEALTH_SECONDS = 10.0  # how often Serve hears of a replica's load, and asks how it is: its defaults
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -87,6 +86,7 @@ def build_application(
     ending: dict[str, Any] = {
         "graceful_shutdown_timeout_s": config.drain_seconds,
         "graceful_shutdown_wait_loop_s": POLL_SECONDS,
+        "health_check_period_s": min(HEALTH_SECONDS, config.stuck_seconds / 4),
         "max_constructor_retry_count": 1,  # a model that does not load will not load the second time either
     }
     engines = {
@@ -116,14 +116,16 @@ def build_application(
 def _replicas(config: ServeConfig) -> dict[str, Any]:
     if isinstance(config.num_replicas, int):
         return {"num_replicas": config.num_replicas}
+    seconds = min(LOAD_SECONDS, config.busy_seconds, config.idle_seconds)
     return {
         "autoscaling_config": {
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
             "target_ongoing_requests": config.target_ongoing_requests,
-            "upscale_delay_s": UPSCALE_SECONDS,
+            "upscale_delay_s": config.busy_seconds,
             "downscale_delay_s": config.idle_seconds,
-            "look_back_period_s": LOOK_BACK_SECONDS,
+            "look_back_period_s": 1.5 * seconds,  # which has to be longer than the interval
+            **({} if seconds == LOAD_SECONDS else {"metrics_interval_s": seconds}),
         }
     }
 

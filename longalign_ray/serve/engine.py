@@ -73,6 +73,8 @@ class EngineStats:
     generated_tokens: int
     cached_tokens: int = 0
     """Of the prompt tokens, those that were taken from other requests' caches."""
+    computed_tokens: int = 0
+    """Of requests under way too, those of prompts by the chunk: what shows that an engine moves."""
 
 
 class GenerationEngine(Protocol):

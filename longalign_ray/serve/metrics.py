@@ -11,7 +11,7 @@ from fastapi import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from longalign_ray.errors import ServingError
+from longalign_ray.errors import ReplicaLostError, ServingError
 from longalign_ray.serve.answer import Asked, Piece
 from longalign_ray.serve.engine import GenerationEngine
 
@@ -42,6 +42,12 @@ class Metrics:
             "longalign_cached_prompt_tokens", "Of these, from the cache", ["model"], registry=registry
         )
         self._generated = Counter("longalign_generated_tokens", "Tokens generated", ["model"], registry=registry)
+        self._lost = Counter(
+            "longalign_lost_answers",
+            "Answers whose replica was lost, streams under way too",
+            ["model"],
+            registry=registry,
+        )
         self._engines = Gauge(
             "longalign_engine_requests", "Requests in the engines", ["model", "state"], registry=registry
         )
@@ -61,6 +67,9 @@ class Metrics:
                         self._cached.labels(model).inc(piece.num_cached)
                     last = piece
                     yield piece
+        except ReplicaLostError:
+            self._lost.labels(model).inc()
+            raise
         finally:
             if last is not None:
                 self._generated.labels(model).inc(last.num_generated)

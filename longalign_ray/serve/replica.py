@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from longalign_ray.config import ServeConfig
 from longalign_ray.errors import ServingError
-from longalign_ray.serve.engine import EngineStats, GenerationEvent, PromptScore, Sampling
+from longalign_ray.serve.engine import EngineStats, GenerationEvent, PromptScore, Sampling, Token
 
 if TYPE_CHECKING:
     from longalign_ray.serve.transformers_engine import TransformersEngine
     from longalign_ray.serve.vllm_engine import VllmEngine
 
+GATHER_SECONDS = 0.05
+"""A call from process to process costs about as much as a step of a small model; pauses of 1/20 s are not seen."""
+
 
 class Progress:
-    """Whether an engine that has requests does anything: gives an event, or changes its counts."""
+    """Whether an engine that has requests does anything, by its counts."""
 
     def __init__(self, *, stuck_seconds: float):
-        self.num_events = 0
         self._stuck_seconds = stuck_seconds
-        self._seen: tuple[EngineStats, int] | None = None
+        self._seen: EngineStats | None = None
         self._moved = 0.0
 
     def check(self, stats: EngineStats, *, now: float) -> None:
         """Raises ServingError where nothing has moved for `stuck_seconds`; called from time to time."""
-        if (stats, self.num_events) != self._seen or stats.active + stats.waiting == 0:
-            self._seen, self._moved = (stats, self.num_events), now
+        if stats != self._seen or stats.active + stats.waiting == 0:
+            self._seen, self._moved = stats, now
         elif now - self._moved > self._stuck_seconds:
             raise ServingError(
                 f"the engine has done nothing for {now - self._moved:.0f} s with {stats.active} requests active and "
-                f"{stats.waiting} waiting; if prompts take that long, raise serve.stuck_seconds = "
+                f"{stats.waiting} waiting; if a step takes that long, raise serve.stuck_seconds = "
                 f"{self._stuck_seconds:g}"
             )
 
@@ -69,6 +73,21 @@ def load_engine(model_dir: str, config: ServeConfig, *, dtype: str) -> Transform
     )
 
 
+async def gathered(
+    events: AsyncGenerator[GenerationEvent, None], *, seconds: float
+) -> AsyncGenerator[GenerationEvent, None]:
+    """The same tokens in fewer events: the first at once, then those of so many seconds together."""
+    tokens: list[Token] = []
+    due = 0.0
+    async with aclosing(events):
+        async for event in events:
+            tokens += event.tokens
+            if event.finish_reason is None and time.monotonic() < due:
+                continue
+            yield dataclasses.replace(event, tokens=tuple(tokens))
+            tokens, due = [], time.monotonic() + seconds
+
+
 class EngineReplica:
     """Serve replaces it when `check_health` raises."""
 
@@ -77,13 +96,10 @@ class EngineReplica:
         self._progress = Progress(stuck_seconds=config.stuck_seconds)
 
     async def submit(self, token_ids: list[int], sampling: Sampling) -> AsyncGenerator[GenerationEvent, None]:
-        events = self._engine.submit(token_ids, sampling)
-        try:
+        events = gathered(self._engine.submit(token_ids, sampling), seconds=GATHER_SECONDS)
+        async with aclosing(events):
             async for event in events:
-                self._progress.num_events += 1
                 yield event
-        finally:
-            await events.aclose()
 
     async def score(self, token_ids: list[int], num_top: int) -> PromptScore:
         return await self._engine.score(token_ids, num_top=num_top)

@@ -111,6 +111,7 @@ class TransformersEngine:
                 prompt_tokens=self._counts["prompt_tokens"],
                 generated_tokens=self._counts["generated_tokens"],
                 cached_tokens=self._counts["cached_tokens"],
+                computed_tokens=self._counts["computed_tokens"],
             )
 
     @property
@@ -210,6 +211,8 @@ class TransformersEngine:
         from longalign_ray.serve import batch_forward
 
         logits = batch_forward.forward(self._model, [job.request.piece(share) for job, share in chosen])
+        with self._wake:
+            self._counts["computed_tokens"] += sum(share for _, share in chosen)
         for (job, _), logits_RV in zip(chosen, logits, strict=True):
             self._advance(job, logits_RV)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -89,6 +90,7 @@ class VllmEngine:
             async for output in outputs:
                 made = output.outputs[0]
                 num_generated, num_cached = num_generated + len(made.token_ids), output.num_cached_tokens or 0
+                self._counts["computed_tokens"] += len(made.token_ids)
                 tokens = [
                     _token(token_id, places, sampling.num_top)
                     for token_id, places in zip(made.token_ids, made.logprobs, strict=True)
@@ -143,9 +145,9 @@ class VllmEngine:
             self._counts[outcome] += 1
 
     async def stats(self) -> EngineStats:
-        """What vLLM holds back for want of room is among the active ones."""
-        totals = ("finished", "cancelled", "failed", "prompt_tokens", "generated_tokens", "cached_tokens")
-        return EngineStats(active=self._counts["active"], waiting=0, **{name: self._counts[name] for name in totals})
+        """What vLLM holds back for want of room is among the active ones; of tokens, it tells of generated ones."""
+        names = [field.name for field in dataclasses.fields(EngineStats)]
+        return EngineStats(**{name: self._counts[name] for name in names})
 
     @property
     def is_alive(self) -> bool:

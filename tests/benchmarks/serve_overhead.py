@@ -4,8 +4,8 @@
 
 A tiny random model, so that little but the overhead is measured; both take turns with the same prompts, 16 streams at a
 time, and medians over all requests of all rounds are shown; `a request` is what is added to a round's time, over its
-requests. Everything runs on this machine and shares its CPUs: with fewer cores than processes (engine, ingress, proxy,
-client) the difference holds their computing too.
+requests, and `CPU` what all processes together (engine, ingress, proxy, Ray's own, client) compute for one. Everything
+runs on this machine and shares its CPUs: with fewer cores than processes the difference holds their computing too.
 """
 
 from __future__ import annotations
@@ -47,37 +47,52 @@ async def over_http(client: object, token_ids: list[int], num_tokens: int) -> tu
 
 async def measure(model_dir: Path, root: str, *, rounds: int, streams: int) -> None:
     import httpx
+    import psutil
 
     from longalign_ray.serve.transformers_engine import TransformersEngine
 
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]  # Ray runs below this one
+
+    def cpu_seconds() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in processes if process.is_running())
+
     engine = TransformersEngine(model_dir, dtype="float32", max_sequences=streams, num_threads=1)
     token_ids = list(PROMPT.encode())
-    print(f"| tokens of an answer, {streams} at once | direct ms | Serve ms | added ms | first token | a request |")
-    print("|---|---|---|---|---|---|")
+    print(
+        f"| tokens of an answer, {streams} at once | direct ms | Serve ms | added ms | first token | a request | "
+        "CPU direct ms | CPU Serve ms |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     limits = httpx.Limits(max_connections=streams)
     async with httpx.AsyncClient(base_url=root, timeout=300, trust_env=False, limits=limits) as client:
         for num_tokens in TOKENS:
             times: dict[str, list[tuple[float, float]]] = {"direct": [], "serve": []}
             of_round: dict[str, list[float]] = {"direct": [], "serve": []}
+            of_cpu: dict[str, list[float]] = {"direct": [], "serve": []}
             for number in range(rounds + 1):
                 ways = {
                     "direct": [direct(engine, token_ids, num_tokens) for _ in range(streams)],
                     "serve": [over_http(client, token_ids, num_tokens) for _ in range(streams)],
                 }
                 for way, calls in ways.items():
-                    started = time.perf_counter()
+                    started, computed = time.perf_counter(), cpu_seconds()
                     measured = await asyncio.gather(*calls)
-                    of_round[way] += [1e3 * (time.perf_counter() - started) / streams] if number else []
-                    times[way] += measured if number else []  # the first round warms up
+                    if number:  # the first round warms up
+                        of_round[way].append(1e3 * (time.perf_counter() - started) / streams)
+                        of_cpu[way].append(1e3 * (cpu_seconds() - computed) / streams)
+                        times[way] += measured
             first, whole = (
                 {way: statistics.median(pair[place] for pair in pairs) for way, pairs in times.items()}
                 for place in (0, 1)
             )
-            each = {way: statistics.median(milliseconds) for way, milliseconds in of_round.items()}
+            each, cpu = (
+                {way: statistics.median(milliseconds) for way, milliseconds in measured.items()}
+                for measured in (of_round, of_cpu)
+            )
             print(
                 f"| {num_tokens} | {whole['direct']:.0f} | {whole['serve']:.0f} | "
                 f"{whole['serve'] - whole['direct']:.1f} | {first['serve'] - first['direct']:.1f} | "
-                f"{each['serve'] - each['direct']:.1f} |"
+                f"{each['serve'] - each['direct']:.1f} | {cpu['direct']:.1f} | {cpu['serve']:.1f} |"
             )
     engine.close()
 

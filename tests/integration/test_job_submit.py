@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,8 +19,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
+from longalign_ray.cli import main
 from longalign_ray.logs import read_metrics
 from longalign_ray.run_dir import Manifest, RunDir
 from tests.conftest import SHARED_DATA
@@ -47,6 +50,10 @@ class Cluster:
             text=True,
             timeout=timeout,
         )
+
+    def get(self, path: str, *, method: str = "GET") -> str:
+        headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        return httpx.request(method, self.address + path, headers=headers, timeout=60).raise_for_status().text
 
 
 def free_ports(number: int) -> list[int]:
@@ -140,6 +147,38 @@ def test_bad_recipe_fails_the_job_with_its_message(cluster: Cluster) -> None:
     assert failed.returncode != 0
     assert "did you mean 'zero_stage'?" in failed.stdout
     assert "exit code 2" in failed.stdout
+
+
+def test_written_serve_config_is_deployed(cluster: Cluster, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Through the cluster's REST API, as `serve deploy` does it, and with the token."""
+    keys, recipe, file, [port] = tmp_path / "keys", tmp_path / "recipe.yaml", tmp_path / "serve.yaml", free_ports(1)
+    shutil.copytree(tiny_model_dir, tmp_path / "run" / "model")
+    keys.write_text("a-key-of-the-tests-01")
+    recipe.write_text(f"run_dir: {tmp_path}/run\nmodel: {{path: {tiny_model_dir}, dtype: float32}}")
+    settings = [f"serve.port={port}", f"serve.api_keys=file:{keys}"]
+    assert main(["serve", str(recipe), *settings, "--write-config", str(file)]) == 0
+    deploy = [BIN / "serve", "deploy", str(file), f"--address={cluster.address}"]
+    done = subprocess.run(deploy, env=cluster.environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    root = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 240
+    while not is_healthy(f"{root}/health"):
+        assert time.monotonic() < deadline, cluster.get("/api/serve/applications/")
+        time.sleep(0.5)
+    body = {"model": "aligned", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 3, "temperature": 0}
+    assert httpx.post(f"{root}/v1/chat/completions", json=body).status_code == 401
+    headers = {"Authorization": "Bearer a-key-of-the-tests-01"}
+    made = httpx.post(f"{root}/v1/chat/completions", json=body, headers=headers, timeout=60).json()
+    assert made["usage"]["completion_tokens"] == 3
+    cluster.get("/api/serve/applications/", method="DELETE")  # as `serve shutdown` does
+
+
+def is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=10).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def test_pipeline_as_a_job(cluster: Cluster, tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 MESSAGES: Any = [{"role": "user", "content": "What is long context?"}]
 KEY = "a-key-of-the-tests-01"
+LOCUSTFILE = Path(__file__).parents[1] / "locustfile.py"
 NEEDLES = NeedleConfig(lengths=(400, 900), depths=(0, 50), max_new_tokens=4)
 ENDLESS: dict[str, Any] = {"temperature": 0, "max_tokens": 3_000}  # the tiny model repeats itself and never ends
 
@@ -130,7 +134,21 @@ def test_each_name_answers_with_its_own_model(client, models, name):
     assert whole.usage.completion_tokens == 16
     chunks = list(client.chat.completions.create(**settings, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
-    assert len(chunks) > 5
+    assert len(chunks) >= 4  # the role, the first token by itself, the others, the end
+
+
+def test_asynchronous_client_streams_the_same(client, base_url):
+    settings: dict[str, Any] = {"model": "base", "messages": MESSAGES, "max_tokens": 16, "temperature": 0}
+    whole = client.chat.completions.create(**settings)
+
+    async def streamed() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=base_url, api_key=KEY, max_retries=0) as asking:
+            options: Any = {"stream": True, "stream_options": {"include_usage": True}}
+            return [chunk async for chunk in await asking.chat.completions.create(**settings, **options)]
+
+    *chunks, last = asyncio.run(streamed())
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+    assert last.usage == whole.usage
 
 
 def test_completion_scores_token_ids(client):
@@ -445,46 +463,24 @@ def test_the_server_counts_the_prompt_as_the_grid_does(models: dict[str, Path], 
         assert answer["usage"]["prompt_tokens"] == case.num_tokens <= case.attributes["length"]
 
 
+@pytest.mark.skipif(find_spec("locust") is None, reason="needs Locust: pip install locust")
 def test_two_hundred_requests_are_answered_or_refused(base_url: str):
     """32 at a time against 2 computed + 8 waiting; none is lost, and those refused may be sent again."""
-
-    async def ask_all() -> list[str]:
-        limit = asyncio.Semaphore(32)
-
-        async def ask(client: openai.AsyncOpenAI, number: int) -> str:
-            async with limit:
-                try:
-                    made = await client.completions.create(
-                        model="aligned", prompt=f"{number} ", max_tokens=2, echo=True, n=1 + number % 2
-                    )
-                except openai.RateLimitError:
-                    return "refused"
-            assert all(choice.text.startswith(f"{number} ") for choice in made.choices)
-            return f"{len(made.choices) - number % 2} choice"
-
-        async with openai.AsyncOpenAI(base_url=base_url, api_key=KEY, max_retries=0, timeout=120) as client:
-            return await asyncio.gather(*(ask(client, number) for number in range(200)))
-
-    outcomes = Counter(asyncio.run(ask_all()))
-    assert set(outcomes) <= {"1 choice", "refused"}
-    assert outcomes["1 choice"] >= 20
-    text = httpx.get(base_url.removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+    root = base_url.removesuffix("/v1")
+    options = ["--headless", "--json", "--users=32", "--spawn-rate=32", f"--host={root}", "--model=aligned"]
+    run = subprocess.run(
+        [sys.executable, "-m", "locust", f"--locustfile={LOCUSTFILE}", *options, "--requests=200"],
+        env=os.environ | {"OPENAI_API_KEY": KEY},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    outcomes = {row["name"]: row["num_requests"] for row in json.loads(run.stdout)}
+    assert set(outcomes) <= {"answered", "refused"}
+    assert sum(outcomes.values()) == 200
+    assert outcomes["answered"] >= 20
+    text = httpx.get(f"{root}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
     counted = {line.split(" ")[0]: float(line.split(" ")[1]) for line in text.splitlines() if line[0] != "#"}
-    assert counted['longalign_requests_total{path="/v1/completions",status="429"}'] >= outcomes["refused"]
+    assert counted['longalign_requests_total{path="/v1/completions",status="429"}'] >= outcomes.get("refused", 0)
     assert counted['longalign_engine_requests{model="aligned",state="active"}'] == 0.0
-
-
-def test_killed_replica_ends_its_requests_clearly_and_is_replaced(client: openai.OpenAI, base_url: str):
-    """The last test of this file, as the model has to be loaded anew."""
-    import ray
-
-    stream = iter(client.chat.completions.create(model="base", messages=MESSAGES, stream=True, **ENDLESS))
-    next(stream)
-    named: Any = ray.util.list_named_actors(all_namespaces=True)
-    (replica,) = [each for each in named if each["name"].startswith("SERVE_REPLICA::longalign#base#")]
-    ray.kill(ray.get_actor(replica["name"], namespace=replica["namespace"]))
-    with pytest.raises(openai.APIError, match=r"base: the replica was lost .* send the request again"):
-        list(stream)
-    again = client.with_options(max_retries=20)  # which waits for what Retry-After says
-    made: Any = again.chat.completions.create(model="base", messages=MESSAGES, max_tokens=2, temperature=0)
-    assert made.usage.completion_tokens == 2

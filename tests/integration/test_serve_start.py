@@ -86,6 +86,9 @@ def test_written_config_stands_for_the_same_application(tiny_model_dir: Path, tm
     engine = ingress.init_args[0]["base"]._bound_deployment
     scaling = engine._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
+    assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (10, 300)
+    assert (scaling.metrics_interval_s, scaling.look_back_period_s) == (10, 15)
+    assert engine._deployment_config.health_check_period_s == 10
     assert engine._deployment_config.graceful_shutdown_timeout_s == 9
     assert "secret" not in repr(ingress.init_args) + repr(ingress.init_kwargs) + written
     assert len(ingress.init_kwargs["key_digests"]) == 1

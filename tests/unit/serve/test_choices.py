@@ -64,7 +64,7 @@ def test_chat_logprobs_are_those_of_completions(client, model, stream):
     response = client.post("/v1/chat/completions", json={**CHAT, "logprobs": True, "top_logprobs": 2, "stream": stream})
     choices = [chunk["choices"][0] for chunk in events_of(response)] if stream else response.json()["choices"]
     content = [entry for choice in choices for entry in (choice["logprobs"] or {"content": []})["content"]]
-    assert [entry["logprob"] for entry in content] == expected["token_logprobs"]
+    assert [entry["logprob"] for entry in content] == pytest.approx(expected["token_logprobs"], abs=1e-5)
     assert [entry["token"] for entry in content] == expected["tokens"]
     assert [len(entry["top_logprobs"]) for entry in content] == [2] * 12
     assert all(entry["top_logprobs"][0]["logprob"] == entry["logprob"] for entry in content)  # greedy
@@ -132,9 +132,37 @@ def test_metrics_come_without_an_engine_that_fails(model):
     response = client.post("/v1/chat/completions", json=CHAT)
     assert (response.status_code, response.json()["error"]["code"]) == (503, "replica_lost")
     assert int(response.headers["retry-after"]) > 0
+    client.post("/v1/chat/completions", json={**CHAT, "stream": True})
     text = client.get("/metrics").text
-    assert 'status="503"} 1.0' in text
+    assert 'status="503"} 2.0' in text
+    assert 'longalign_lost_answers_total{model="tiny"} 2.0' in text
     assert "longalign_engine_requests{" not in text
+
+
+class GatheredEngine(CachedEngine):
+    """Answers `ABCD` and an end token: A at once, then the others together."""
+
+    async def submit(self, token_ids: Any, sampling: Any) -> AsyncGenerator[GenerationEvent, None]:
+        yield GenerationEvent((Token(self.ids[0], -1.0),), 1)
+        yield GenerationEvent(tuple(Token(each, -1.0) for each in self.ids[1:]), 5, "stop")
+
+    def __init__(self, ids: list[int]):
+        self.ids = ids
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "num_tokens"), [(None, "ABCD", 4), ("C", "AB", 3), ("BC", "A", 3), ("AB", "", 2), ("D", "ABC", 4)]
+)
+def test_tokens_after_a_stop_string_are_not_of_the_answer(model, stop, text, num_tokens):
+    """Though they came with it."""
+    engine = GatheredEngine(model.tokenizer("ABCD")["input_ids"])
+    client = client_of(dataclasses.replace(model, engine=engine))
+    body = {"model": "tiny", "prompt": "x", "stop": stop, "logprobs": 0, "max_tokens": 9}
+    made = client.post("/v1/completions", json=body).json()
+    (choice,) = made["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (text, "stop")
+    assert choice["logprobs"]["tokens"] == list("ABCD"[:num_tokens])
+    assert made["usage"]["completion_tokens"] == num_tokens + (stop is None)  # the end token counts
 
 
 def test_failure_of_one_choice_closes_the_others() -> None:

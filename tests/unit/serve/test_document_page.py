@@ -148,7 +148,7 @@ def test_page_is_open_and_reading_a_pdf_needs_a_key():
 def test_missing_package_is_named(client, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     response = client.post("/page/text", content=pdf_of(["x"]), headers=PDF)
-    assert response.status_code == 501
+    assert (response.status_code, response.json()["error"]["type"]) == (501, "server_error")
     assert "pip install 'longalign_ray[pdf]'" in message_of(response)
 
 

@@ -100,6 +100,24 @@ def test_a_crowd_equals_generate(tiny_model_dir, model, chunk, prefix_cache_byte
     assert (stats.cached_tokens > 0) == (prefix_cache_bytes > 0)
 
 
+def test_a_long_prompt_is_seen_to_move(tiny_model_dir, monkeypatch):
+    """By what the health check of a replica reads, a chunk at a time, before there is any answer."""
+    engine = TransformersEngine(tiny_model_dir, dtype="float32", prefill_chunk=64)
+    seen = []
+    forward = batch_forward.forward
+
+    def watching(*arguments):  # on the engine's thread, which has no event loop
+        seen.append(asyncio.run(engine.stats()).computed_tokens)
+        return forward(*arguments)
+
+    monkeypatch.setattr(batch_forward, "forward", watching)
+    asyncio.run(engine.score(prompt_of(150)))
+    asyncio.run(tokens_of(engine, prompt_of(150), dataclasses.replace(GREEDY, max_tokens=2)))
+    engine.close()
+    assert seen == [0, 64, 128, 149, 213, 277, 299]
+    assert asyncio.run(engine.stats()).computed_tokens == 300
+
+
 def test_questions_on_one_document_compute_it_once(tiny_model_dir, model, monkeypatch):
     from longalign_ray.serve import kv_cache
 
