@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncGenerator
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from longalign_ray.config import ServeConfig
 from longalign_ray.errors import ServingError
-from longalign_ray.serve.engine import EngineStats, GenerationEvent, PromptScore, Sampling, Token
+from longalign_ray.serve.engine import EngineStats, GenerationEvent, PromptScore, Sampling
 
 if TYPE_CHECKING:
     from longalign_ray.serve.transformers_engine import TransformersEngine
@@ -76,16 +77,26 @@ def load_engine(model_dir: str, config: ServeConfig, *, dtype: str) -> Transform
 async def gathered(
     events: AsyncGenerator[GenerationEvent, None], *, seconds: float
 ) -> AsyncGenerator[GenerationEvent, None]:
-    """The same tokens in fewer events: the first at once, then those of so many seconds together."""
-    tokens: list[Token] = []
+    """The same tokens in fewer events, at most one in so many seconds but for the last; none is held for longer."""
+    held: GenerationEvent | None = None
     due = 0.0
     async with aclosing(events):
-        async for event in events:
-            tokens += event.tokens
-            if event.finish_reason is None and time.monotonic() < due:
-                continue
-            yield dataclasses.replace(event, tokens=tuple(tokens))
-            tokens, due = [], time.monotonic() + seconds
+        coming = asyncio.ensure_future(anext(events, None))
+        try:
+            while True:
+                await asyncio.wait([coming], timeout=None if held is None else max(due - time.monotonic(), 0.0))
+                if coming.done():
+                    event = coming.result()
+                    if event is None:
+                        return
+                    held = event if held is None else dataclasses.replace(event, tokens=held.tokens + event.tokens)
+                    coming = asyncio.ensure_future(anext(events, None))
+                if held is not None and (held.finish_reason is not None or time.monotonic() >= due):
+                    yield held
+                    held, due = None, time.monotonic() + seconds
+        finally:
+            coming.cancel()
+            await asyncio.wait([coming])  # the generator cannot be closed while it runs
 
 
 class EngineReplica:

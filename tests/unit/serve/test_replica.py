@@ -70,3 +70,31 @@ def test_tokens_of_a_short_time_leave_together(
     assert (made[-1].num_generated, made[-1].finish_reason) == (6, "stop")
     assert all(event.num_cached == 7 for event in made)
     assert closed == [True]
+
+
+def test_a_token_is_not_held_until_the_next_one():
+    async def events() -> AsyncGenerator[GenerationEvent, None]:
+        yield GenerationEvent((Token(1, -1.0),), 1)
+        yield GenerationEvent((Token(2, -1.0),), 2)
+        await asyncio.Event().wait()
+
+    async def read() -> list[int]:
+        stream = gathered(events(), seconds=0.01)
+        seen = [(await asyncio.wait_for(anext(stream), 10)).num_generated for _ in range(2)]
+        await stream.aclose()  # although its source is waiting
+        return seen
+
+    assert asyncio.run(read()) == [1, 2]
+
+
+def test_what_the_engine_raises_comes_through():
+    async def events() -> AsyncGenerator[GenerationEvent, None]:
+        yield GenerationEvent((Token(1, -1.0),), 1)
+        raise ServingError("gone")
+
+    async def read() -> None:
+        async for _ in gathered(events(), seconds=0.0):
+            pass
+
+    with pytest.raises(ServingError, match="gone"):
+        asyncio.run(read())
