@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ class _Job:
 
 
 class TransformersEngine:
-    """A GenerationEngine on one model directory (safetensors, no remote code).
+    """A GenerationEngine on one model directory (safetensors, no remote code), and on LoRA adapters over its weights.
 
     A step is one forward pass over a token of every request that decodes and up to `prefill_chunk` tokens of prompts.
     At most `max_sequences` requests hold a KV cache at a time; the others wait in order. Caches of finished requests
@@ -55,6 +55,7 @@ class TransformersEngine:
         prefill_chunk: int = 2_048,
         max_sequences: int = 8,
         prefix_cache_bytes: int = 2**30,
+        adapters: Mapping[str, str | Path] | None = None,
         device: str = "cpu",
         num_threads: int | None = None,
     ):
@@ -65,7 +66,7 @@ class TransformersEngine:
 
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        self._model = load_model(model_dir, dtype=dtype, device=device)
+        self._model = load_model(model_dir, dtype=dtype, device=device, adapters=adapters)
         self._end_ids = end_token_ids(self._model)
         self._prefill_chunk = prefill_chunk
         self._max_sequences = max_sequences
@@ -78,10 +79,12 @@ class TransformersEngine:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    async def submit(self, token_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[GenerationEvent, None]:
+    async def submit(
+        self, token_ids: Sequence[int], sampling: Sampling, *, adapter: str | None = None
+    ) -> AsyncGenerator[GenerationEvent, None]:
         from longalign_ray.serve.requests import GenerateRequest
 
-        job = self._enqueue(GenerateRequest(token_ids, sampling, end_ids=self._end_ids))
+        job = self._enqueue(GenerateRequest(token_ids, sampling, end_ids=self._end_ids, adapter=adapter))
         try:
             while True:
                 event = await self._next_result(job)
@@ -91,10 +94,10 @@ class TransformersEngine:
         finally:
             job.cancelled = True
 
-    async def score(self, token_ids: Sequence[int], *, num_top: int = 0) -> PromptScore:
+    async def score(self, token_ids: Sequence[int], *, num_top: int = 0, adapter: str | None = None) -> PromptScore:
         from longalign_ray.serve.requests import ScoreRequest
 
-        job = self._enqueue(ScoreRequest(token_ids, num_top=num_top))
+        job = self._enqueue(ScoreRequest(token_ids, num_top=num_top, adapter=adapter))
         try:
             return await self._next_result(job)
         finally:

@@ -73,6 +73,7 @@ GLUE = (
 EMBEDDED = (  # the engine on a transformers model
     "serve.batch_forward",
     "serve.kv_cache",
+    "serve.lora",
     "serve.product_attention",
     "serve.ragged_attention",
     "serve.requests",
