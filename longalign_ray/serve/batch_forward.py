@@ -60,7 +60,9 @@ def forward(model: Any, pieces: Sequence[Piece]) -> list[torch.Tensor]:
 
 
 def _group_key(cache: KVCache) -> tuple[str, int, int]:
-    return (cache.adapter or "", *((id(cache.shared[0].segment), cache.shared[0].length) if cache.shared else (0, 0)))
+    if not cache.shared:
+        return cache.adapter or "", 0, 0
+    return cache.adapter or "", id(cache.shared[0].segment), cache.shared[0].length
 
 
 def _wanted_rows(pieces: Sequence[Piece]) -> torch.Tensor:

@@ -87,22 +87,25 @@ def read_settings(directory: str | Path) -> AdapterSettings:
     file = Path(directory) / "adapter_config.json"
     try:
         read: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        kind, rank, alpha = read["peft_type"], int(read["r"]), float(read["lora_alpha"])
-        largest = max([rank, *(read.get("rank_pattern") or {}).values()])
+        _check_served(read, file)
+        largest = max([int(read["r"]), *(read.get("rank_pattern") or {}).values()])
+        return AdapterSettings(largest, float(read["lora_alpha"]), bool(read.get("use_rslora")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{directory} holds no adapter ({type(error).__name__}: {error}); give a directory with peft's "
             "adapter_config.json and adapter_model.safetensors"
         ) from error
-    found = [f"{name} = {read[name]}" for name in NOT_SERVED if read.get(name)]
+
+
+def _check_served(read: Mapping[str, Any], file: Path) -> None:
+    found = [] if read["peft_type"] == "LORA" else [f"peft_type = {read['peft_type']}"]
     found += [] if read.get("bias", "none") == "none" else [f"bias = {read['bias']}"]
-    found += [] if kind == "LORA" else [f"peft_type = {kind}"]
+    found += [f"{name} = {read[name]}" for name in NOT_SERVED if read.get(name)]
     if found:
         raise ModelError(f"{file} has {', '.join(found)}, which is not served beside a model: {REMEDY}")
-    return AdapterSettings(largest, alpha, bool(read.get("use_rslora")))
 
 
-def add_adapters(model: nn.Module, directories: Mapping[str, str | Path]) -> None:
+def add_adapters(model: Any, directories: Mapping[str, str | Path]) -> None:
     """Makes the model's linear layers add, to the rows of each adapter, its low-rank products.
 
     Raises ModelError where an adapter does not fit the model, or asks for more than such products.
@@ -131,7 +134,7 @@ def _add_products(
     return out_1TO
 
 
-def _load(model: nn.Module, directory: str | Path) -> dict[str, LowRank]:
+def _load(model: Any, directory: str | Path) -> dict[str, LowRank]:
     """The matrices by layer, in the model's dtype and on its device."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -162,7 +165,7 @@ def _load(model: nn.Module, directory: str | Path) -> dict[str, LowRank]:
     return loaded
 
 
-def _layer(model: nn.Module, name: str, directory: str | Path) -> nn.Linear:
+def _layer(model: Any, name: str, directory: str | Path) -> nn.Linear:
     """The linear layer of an adapter; the head is none, as it computes but a few rows of a step."""
     try:
         layer = model.get_submodule(name)
@@ -171,8 +174,7 @@ def _layer(model: nn.Module, name: str, directory: str | Path) -> nn.Linear:
             f"{directory} does not fit {type(model).__name__}, which has no layer {name}; serve it over the model that "
             "it was trained on"
         ) from error
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if not isinstance(layer, nn.Linear) or layer is head:
+    if not isinstance(layer, nn.Linear) or layer is model.get_output_embeddings():
         raise ModelError(
             f"{directory} has an adapter for {name}, and those of linear layers but the head are served beside a "
             f"model: {REMEDY}"

@@ -31,14 +31,14 @@ class GenerateRequest:
         self.num_generated = 0
         self.num_cached = 0
         self.cache: KVCache | None = None
-        self._adapter = adapter
+        self.adapter = adapter
         self._sampling = sampling
         self._stop_ids = end_ids | set(sampling.stop_token_ids)
         self._generator = new_generator(sampling.seed)
 
     def open(self, prefixes: PrefixCache) -> bool:
         """Whether it can begin now; else it is to be asked again when other requests have gone on."""
-        self.cache = prefixes.open(self.token_ids, adapter=self._adapter)
+        self.cache = prefixes.open(self.token_ids, adapter=self.adapter)
         self.num_cached = self.cache.length if self.cache else 0
         return self.cache is not None
 
@@ -77,14 +77,14 @@ class ScoreRequest:
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.cache: KVCache | None = None
-        self._adapter = adapter
+        self.adapter = adapter
         self._num_top = num_top
         self._log_probs: list[float] = []
         self._top: list[TopTokens] = []
 
     def open(self, prefixes: PrefixCache) -> bool:
         """Always true."""
-        self.cache = KVCache(self.token_ids, adapter=self._adapter)
+        self.cache = KVCache(self.token_ids, adapter=self.adapter)
         return True
 
     @property

@@ -67,6 +67,7 @@ class TransformersEngine:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self._model = load_model(model_dir, dtype=dtype, device=device, adapters=adapters)
+        self._adapters = frozenset(adapters or ())
         self._end_ids = end_token_ids(self._model)
         self._prefill_chunk = prefill_chunk
         self._max_sequences = max_sequences
@@ -131,6 +132,8 @@ class TransformersEngine:
     def _enqueue(self, request: GenerateRequest | ScoreRequest) -> _Job:
         if request.num_prompt_tokens == 0:
             raise ServingError("the prompt has no tokens; send at least one")
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise ServingError(f"there is no adapter {request.adapter!r} here; served: {sorted(self._adapters)}")
         job = _Job(request, asyncio.get_running_loop())
         with self._wake:
             if self._closed or not self.is_alive:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from longalign_ray.errors import ModelError
+from longalign_ray.errors import ModelError, ServingError
 from longalign_ray.serve import kv_cache
 from longalign_ray.serve.batch_forward import Piece, forward, load_model
 from longalign_ray.serve.engine import Sampling
@@ -116,6 +116,8 @@ def test_a_prefix_is_not_taken_over_by_another_adapter(
 
     alone, together = asyncio.run(ask_all())
     score = asyncio.run(engine.score(document, adapter="two"))
+    with pytest.raises(ServingError, match=r"no adapter 'four' here; served: .*'one'"):
+        asyncio.run(engine.score(document, adapter="four"))
     engine.close()
     assert [cached for _, cached in alone] == [0, 0, 0]
     assert [cached for _, cached in together] == [100] * 6
@@ -192,8 +194,7 @@ def test_an_adapter_of_another_model_is_refused(
         kept = {key: value for key, value in (weights | change).items() if value is not None}
         save_file(kept, tmp_path / "adapter_model.safetensors")
         refused(tiny_model_dir, tmp_path, message)
-    settings = json.loads((adapters["two"] / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "IA3"}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "target_modules": ["k_proj"]}))
     refused(tiny_model_dir, tmp_path, "peft_type = IA3")
 
 
