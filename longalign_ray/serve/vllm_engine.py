@@ -63,7 +63,7 @@ class VllmEngine:
             "load_format": "safetensors",
             "trust_remote_code": False,
         }
-        settings |= adapter_args(adapters or {}, max_sequences=max_sequences)
+        settings |= adapter_args(adapters or {})
         try:
             self._engine: Any = AsyncLLMEngine.from_engine_args(AsyncEngineArgs(**settings | dict(engine_args or {})))
         except (OSError, ValueError, RuntimeError, TypeError) as error:
@@ -172,7 +172,7 @@ class VllmEngine:
         self._engine.shutdown()
 
 
-def adapter_args(adapters: Mapping[str, str | Path], *, max_sequences: int) -> dict[str, Any]:
+def adapter_args(adapters: Mapping[str, str | Path]) -> dict[str, Any]:
     """vLLM's settings for LoRA adapters, none without any. Raises ModelError where one cannot be served."""
     from longalign_ray.serve.lora import read_settings
 
@@ -185,7 +185,8 @@ def adapter_args(adapters: Mapping[str, str | Path], *, max_sequences: int) -> d
             f"{path} has rank {largest}, and vLLM takes up to {MAX_RANKS[-1]}: set serve.engine=transformers, or merge "
             "it into its base model"
         )
-    return {"enable_lora": True, "max_lora_rank": room, "max_loras": min(len(adapters), max_sequences)}
+    # One place stays empty: beside an adapter's rows, vLLM's kernels for CPUs give those of the base the last one's.
+    return {"enable_lora": True, "max_lora_rank": room, "max_loras": len(adapters) + 1}
 
 
 def context_of(model_dir: str | Path) -> int | None:

@@ -199,15 +199,15 @@ def test_an_adapter_of_another_model_is_refused(
 
 
 def test_vllm_gets_room_for_the_largest_rank(adapters: dict[str, Path], tmp_path: Path) -> None:
-    assert adapter_args({}, max_sequences=8) == {}
-    assert adapter_args({"one": adapters["one"]}, max_sequences=8) == {
-        "enable_lora": True, "max_lora_rank": 8, "max_loras": 1,
+    assert adapter_args({}) == {}
+    assert adapter_args({"one": adapters["one"]}) == {
+        "enable_lora": True, "max_lora_rank": 8, "max_loras": 2,
     }  # fmt: skip
     settings = json.loads((adapters["one"] / "adapter_config.json").read_text())
     for rank, room in ((9, 16), (257, 320)):
         (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"r": rank}))
-        made = adapter_args({**adapters, "it": tmp_path}, max_sequences=2)
-        assert (made["max_lora_rank"], made["max_loras"]) == (room, 2)
+        made = adapter_args({**adapters, "it": tmp_path})
+        assert (made["max_lora_rank"], made["max_loras"]) == (room, 5)
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"rank_pattern": {"q_proj": 513}}))
     with pytest.raises(ModelError, match="has rank 513, and vLLM takes up to 512"):
-        adapter_args({"it": tmp_path}, max_sequences=2)
+        adapter_args({"it": tmp_path})
