@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longalign_ray.config import DEFAULT_SOURCE, RunConfig, SourceConfig
+from longalign_ray.config import DEFAULT_SOURCE, RunConfig, ServeConfig, SourceConfig
 from longalign_ray.config_load import dump_config, load_config
 from longalign_ray.errors import CheckpointError, ConfigError, LongAlignError, PlanMismatchError
 from longalign_ray.model_source import local_model_dir
@@ -207,31 +207,38 @@ def export(config: RunConfig, run_dir: RunDir) -> Manifest:
     return _stage(config, run_dir, "export", work)
 
 
-def served_models(config: RunConfig, run_dir: RunDir) -> dict[str, Path]:
-    """Model names and directories: `base`, the recipe's model, and `aligned`, the exported one."""
-    if (run_dir.model / "adapter_config.json").exists():
+def served_models(config: RunConfig, run_dir: RunDir) -> tuple[dict[str, Path], ServeConfig]:
+    """Names and directories of `base`, the recipe's model, and `aligned`, the exported one; and the section `serve`.
+
+    An adapter that was exported alone is among those of `serve`, over the model that its training started from.
+    """
+    if not (run_dir.model / "adapter_config.json").exists():
+        _need(run_dir.model / "config.json", "export")
+        return {"base": local_model_dir(config.model.path), "aligned": run_dir.model}, config.serve
+    if config.model.rope.scaling != "none":
         raise LongAlignError(
-            f"{run_dir.model} holds an adapter alone, which is not served: set export.adapter=merged and export again"
+            f"{run_dir.model} holds an adapter alone, and model.rope.scaling = {config.model.rope.scaling} was trained "
+            "beside it, which the base model's config.json does not have: set export.adapter=merged and export again"
         )
-    _need(run_dir.model / "config.json", "export")
-    return {"base": local_model_dir(config.model.path), "aligned": run_dir.model}
+    adapters = config.serve.adapters | {"aligned": str(run_dir.model)}
+    return {"base": starting_model(config, run_dir)}, config.serve.model_copy(update={"adapters": adapters})
 
 
 def serve(config: RunConfig, run_dir: RunDir) -> None:
     """Serves the models of the run until interrupted."""
     from longalign_ray.serve.app import serve_forever
 
-    models = served_models(config, run_dir)
+    models, settings = served_models(config, run_dir)
     connect_ray(config)
-    serve_forever(models, config.serve, chat_template=config.model.chat_template, dtype=config.model.dtype)
+    serve_forever(models, settings, chat_template=config.model.chat_template, dtype=config.model.dtype)
 
 
 def write_serve_config(config: RunConfig, run_dir: RunDir, file: Path) -> None:
     """Writes the Serve config of the same models, for `serve deploy FILE` on a cluster that runs already."""
     from longalign_ray.serve.deploy import deploy_config
 
-    models = served_models(config, run_dir)
-    text = deploy_config(models, config.serve, chat_template=config.model.chat_template, dtype=config.model.dtype)
+    models, settings = served_models(config, run_dir)
+    text = deploy_config(models, settings, chat_template=config.model.chat_template, dtype=config.model.dtype)
     file.write_text(text, encoding="utf-8")
     logger.info("serve: wrote %s; start it with `serve deploy %s`", file, file)
 
@@ -297,17 +304,25 @@ def evaluate(config: RunConfig, run_dir: RunDir) -> Manifest:
         if config.evaluate.endpoint is not None:
             counts, dropped = measure(config.evaluate.endpoint, config.evaluate.api_key)
         else:
-            models = {
-                name: path for name, path in served_models(config, run_dir).items() if name in config.evaluate.models
-            }
+            models, settings = evaluated_models(config, run_dir)
             connect_ray(config)
             with running_app(
-                models, config.serve, chat_template=config.model.chat_template, dtype=config.model.dtype
+                models, settings, chat_template=config.model.chat_template, dtype=config.model.dtype
             ) as base_url:
                 counts, dropped = measure(base_url, config.serve.api_keys)
         return _manifest(config, run_dir, "evaluate", [run_dir.model], [run_dir.scores], counts, dropped)
 
     return _stage(config, run_dir, "evaluate", work)
+
+
+def evaluated_models(config: RunConfig, run_dir: RunDir) -> tuple[dict[str, Path], ServeConfig]:
+    """Those of `served_models` that `evaluate.models` names, and the model under an adapter among them."""
+    models, settings = served_models(config, run_dir)
+    wanted = config.evaluate.models
+    adapters = {name: path for name, path in settings.adapters.items() if name in wanted}
+    needed = {*wanted, *(["base"] if adapters else [])}
+    needed_models = {name: path for name, path in models.items() if name in needed}
+    return needed_models, settings.model_copy(update={"adapters": adapters})
 
 
 def _first_key(place: str | None) -> str | None:

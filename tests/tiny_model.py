@@ -27,16 +27,16 @@ def write_tiny_tokenizer(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
-def write_tiny_model(directory: Path, *, seed: int = 0) -> Path:
-    """A Llama of 2 layers, width 64, 4 query and 2 key/value heads, in fp32; same seed, same weights."""
+def write_tiny_model(directory: Path, *, seed: int = 0, width: int = 64) -> Path:
+    """A Llama of 2 layers, 4 query and 2 key/value heads, in fp32; same seed, same weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     write_tiny_tokenizer(directory)
     config = LlamaConfig(
         vocab_size=259,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -168,6 +168,12 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _adapters_have_names_of_their_own(self) -> RunConfig:
+        if taken := sorted({"base", "aligned"} & set(self.serve.adapters)):
+            raise ValueError(f"serve.adapters names {taken[0]!r}, which is a model of the run: give it another name")
+        return self
+
+    @model_validator(mode="after")
     def _window_holds_longest(self) -> RunConfig:
         window = self.model.rope.window
         if window is not None and window < self.data.max_length:

@@ -37,6 +37,9 @@ class ServeConfig(Section):
     """GPUs of one machine over which vLLM divides each layer."""
     vllm_args: dict[str, Any] = Field(default_factory=dict)
     """Further settings of vLLM's engine by vLLM's own names, such as gpu_memory_utilization."""
+    adapters: dict[str, str] = Field(default_factory=dict)
+    """LoRA adapters served as further models over one copy of the weights of `base`, {name: directory}, each as peft or
+    `export.adapter=adapter` writes it. Those of a batch are computed together."""
     max_body_bytes: PositiveInt = 16_777_216
     """Larger request bodies are refused with 413."""
     max_prompt_tokens: PositiveInt = 131_072

@@ -185,4 +185,4 @@ class ExportConfig(Section):
 
     adapter: Literal["merged", "adapter"] = "merged"
     """Of a run with `train.adapter`: a plain model with the adapter merged into its weights, or the adapter alone. peft
-    loads that beside the base model and its tokenizer; `serve` does not."""
+    loads that beside the base model and its tokenizer, and `serve` computes both from one copy of the weights."""

@@ -30,6 +30,8 @@ class ServedModel:
     vocab_size: int
     stop_token_ids: tuple[int, ...]
     """The end-of-turn token that training taught, and the tokenizer's EOS."""
+    parent: str | None = None
+    """Of an adapter, the model over whose weights it is served."""
     _token_texts: dict[int, str] = field(default_factory=dict)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:

@@ -47,7 +47,7 @@ def build_api(
     add_page(api)
 
     def card(model: ServedModel) -> ModelCard:
-        return ModelCard(id=model.name, created=started, max_model_len=context_of(model, config))
+        return ModelCard(id=model.name, created=started, max_model_len=context_of(model, config), parent=model.parent)
 
     def streams(model: ServedModel, asked: Sequence[Asked]) -> dict[int, Any]:
         return {each.index: metrics.watched(model.name, each, answer(model, each)) for each in asked}
@@ -60,7 +60,7 @@ def build_api(
 
     @api.get("/metrics")
     async def get_metrics() -> Response:
-        return await metrics.response({name: model.engine for name, model in models.items()})
+        return await metrics.response({name: model.engine for name, model in models.items() if model.parent is None})
 
     @api.get("/v1/models")
     async def list_models() -> ModelList:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import json
 import logging
@@ -61,26 +62,32 @@ class Ingress:
             )
             for name, handle in engines.items()
         }
-        self._api = build_api(models, config, health=lambda: _ready(list(models)), key_digests=key_digests)
+        base = next(iter(engines))
+        for name in config.adapters:
+            engine = RemoteEngine(name, engines[base], adapter=name, affinity_tokens=config.affinity_tokens)
+            models[name] = dataclasses.replace(models[base], name=name, engine=engine, parent=base)
+        deployments = {name: model.parent or name for name, model in models.items()}
+        self._api = build_api(models, config, health=lambda: _ready(deployments), key_digests=key_digests)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._api
 
 
-async def _ready(names: list[str]) -> dict[str, bool]:
-    """Whether each model has a running replica, as Serve's controller sees it."""
-    deployments = (await asyncio.to_thread(serve.status)).applications[APP_NAME].deployments
+async def _ready(deployments: Mapping[str, str]) -> dict[str, bool]:
+    """Whether each model's deployment has a running replica, as Serve's controller sees it."""
+    seen = (await asyncio.to_thread(serve.status)).applications[APP_NAME].deployments
     return {
-        name: name in deployments and any(state == "RUNNING" for state in deployments[name].replica_states)
-        for name in names
+        name: deployment in seen and any(state == "RUNNING" for state in seen[deployment].replica_states)
+        for name, deployment in deployments.items()
     }
 
 
 def build_application(
     models: Mapping[str, Path], config: ServeConfig, *, chat_template: str | None, dtype: str
 ) -> serve.Application:
-    """The Serve application; nothing is started."""
+    """The Serve application; nothing is started. `config.adapters` are over the first of the models."""
     model_dirs = {name: str(Path(path).resolve()) for name, path in models.items()}
+    adapters = {name: str(Path(path).resolve()) for name, path in config.adapters.items()}
     keys = () if config.api_keys is None else digests(read_keys(config.api_keys))
     actor_options: dict[str, Any] = {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica}
     ending: dict[str, Any] = {
@@ -99,8 +106,8 @@ def build_application(
             **_replicas(config),
             **_routing(config),
             **ending,
-        ).bind(model_dir, config, dtype=dtype)
-        for name, model_dir in model_dirs.items()
+        ).bind(model_dir, config, dtype=dtype, adapters=adapters if number == 0 else {})
+        for number, (name, model_dir) in enumerate(model_dirs.items())
     }
     accepted = config.max_replicas * config.max_ongoing_requests + config.max_queued_requests
     template = absolute_template(chat_template)
@@ -196,8 +203,9 @@ def serve_forever(models: Mapping[str, Path], config: ServeConfig, *, chat_templ
     previous = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     try:
         with running_app(models, config, chat_template=chat_template, dtype=dtype) as base_url:
-            body = json.dumps({"model": list(models)[-1], "messages": [{"role": "user", "content": "Hello!"}]})
-            logger.info("serving %s at %s; Ctrl-C ends it. Try:", ", ".join(models), base_url)
+            names = [*models, *config.adapters]
+            body = json.dumps({"model": names[-1], "messages": [{"role": "user", "content": "Hello!"}]})
+            logger.info("serving %s at %s; Ctrl-C ends it. Try:", ", ".join(names), base_url)
             key = "" if config.api_keys is None else "-H 'Authorization: Bearer KEY' "
             logger.info("curl %s/chat/completions %s-H 'Content-Type: application/json' -d '%s'", base_url, key, body)
             logger.info("or ask about a document in a browser: %s/", base_url.removesuffix("/v1"))

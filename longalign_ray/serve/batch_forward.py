@@ -5,7 +5,7 @@ Suffixes: T tokens of the step, R rows whose logits are wanted, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import torch
 
 from longalign_ray.errors import ModelError
 from longalign_ray.serve.kv_cache import KVCache, Segment
+from longalign_ray.serve.lora import add_adapters, group_rows, step_rows
+from longalign_ray.serve.packed_linear import pack_linear_layers
 from longalign_ray.serve.ragged_attention import RaggedStep, register
 from longalign_ray.train.attention import LAYER_TYPES
 
@@ -36,12 +38,13 @@ def forward(model: Any, pieces: Sequence[Piece]) -> list[torch.Tensor]:
 
     Where it raises, the caches are as before.
     """
-    # Neighbours that share a document read it together.
-    order = sorted(range(len(pieces)), key=lambda number: _shared_key(pieces[number].cache))
+    # Neighbours that share a document read it together, and an adapter's rows are multiplied together.
+    order = sorted(range(len(pieces)), key=lambda number: _group_key(pieces[number].cache))
     ordered = [pieces[number] for number in order]
     ids = [token_id for piece in ordered for token_id in piece.token_ids]
     positions = [torch.arange(piece.cache.length, piece.cache.length + len(piece.token_ids)) for piece in ordered]
     step = RaggedStep([(piece.cache, len(piece.token_ids)) for piece in ordered])
+    step_rows.set(group_rows([(piece.cache.adapter, len(piece.token_ids)) for piece in ordered]))
     logits_RV = model(
         input_ids=torch.tensor([ids], device=model.device),
         position_ids=torch.cat(positions)[None].to(model.device),
@@ -57,8 +60,10 @@ def forward(model: Any, pieces: Sequence[Piece]) -> list[torch.Tensor]:
     return [logits[order.index(number)] for number in range(len(pieces))]
 
 
-def _shared_key(cache: KVCache) -> tuple[int, int]:
-    return (id(cache.shared[0].segment), cache.shared[0].length) if cache.shared else (0, 0)
+def _group_key(cache: KVCache) -> tuple[str, int, int]:
+    if not cache.shared:
+        return cache.adapter or "", 0, 0
+    return cache.adapter or "", id(cache.shared[0].segment), cache.shared[0].length
 
 
 def _wanted_rows(pieces: Sequence[Piece]) -> torch.Tensor:
@@ -70,10 +75,13 @@ def _wanted_rows(pieces: Sequence[Piece]) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def load_model(model_dir: str | Path, *, dtype: str, device: str) -> Any:
-    """A causal language model in eval mode, with ragged attention.
+def load_model(
+    model_dir: str | Path, *, dtype: str, device: str, adapters: Mapping[str, str | Path] | None = None
+) -> Any:
+    """A causal language model in eval mode, with ragged attention and LoRA adapters by name.
 
-    Raises ModelError where the directory does not hold one, or its attention is not one that the kernels compute.
+    Raises ModelError where the directory does not hold one, its attention is not one that the kernels compute, or an
+    adapter does not fit it.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -93,11 +101,13 @@ def load_model(model_dir: str | Path, *, dtype: str, device: str) -> Any:
             f"{model_dir} cannot be loaded for serving ({error}); give a directory with config.json and safetensors"
         ) from error
     model = model.to(device).eval()
-    check_model(model)
+    add_adapters(model, adapters or {})
+    pack_linear_layers(model)
+    check_model(model, adapters or {})
     return model
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, adapters: Iterable[str] = ()) -> None:
     """Raises ModelError where the model cannot be computed in ragged steps; tries a short prompt and a token."""
     config = model.config.get_text_config()
     other = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
@@ -112,6 +122,7 @@ def check_model(model: Any) -> None:
             f"{type(model).__name__} has rotary embeddings of type {found[0]}, which depend on the longest text "
             "computed beside a request; serve it with vLLM, or set another rope_type in its config.json"
         )
-    cache = KVCache([0, 0, 0], own=Segment())
-    forward(model, [Piece(cache, [0, 0], 0)])
-    forward(model, [Piece(cache, [0], 1)])
+    for adapter in (None, *adapters):
+        cache = KVCache([0, 0, 0], own=Segment(), adapter=adapter)
+        forward(model, [Piece(cache, [0, 0], 0)])
+        forward(model, [Piece(cache, [0], 1)])

@@ -28,7 +28,8 @@ def deploy_config(models: Mapping[str, Path], config: ServeConfig, *, chat_templ
     """YAML for `serve deploy`: paths are absolute, so every machine needs them, and keys stay where they are."""
     args = {
         "models": {name: str(Path(path).resolve()) for name, path in models.items()},
-        "serve": config.model_dump(mode="json"),
+        "serve": config.model_dump(mode="json")
+        | {"adapters": {name: str(Path(path).resolve()) for name, path in config.adapters.items()}},
         "chat_template": absolute_template(chat_template),
         "dtype": dtype,
     }

@@ -82,12 +82,23 @@ class Span:
 
 
 class KVCache:
-    """The cache of one request; `token_ids` are those it is to hold, `length` says how many it holds."""
+    """The cache of one request; `token_ids` are those it is to hold, `length` says how many it holds.
 
-    def __init__(self, token_ids: Sequence[int], *, shared: Sequence[Span] = (), own: Segment | None = None):
+    adapter: with whose weights its keys and values are computed; none: the model's own.
+    """
+
+    def __init__(
+        self,
+        token_ids: Sequence[int],
+        *,
+        shared: Sequence[Span] = (),
+        own: Segment | None = None,
+        adapter: str | None = None,
+    ):
         self.token_ids = np.asarray(token_ids, dtype=np.int64)
         self.shared = tuple(shared)
         self.own = own or Segment(reserve=len(token_ids))
+        self.adapter = adapter
 
     @property
     def length(self) -> int:
@@ -115,4 +126,4 @@ class KVCache:
                 own.copy_from(span.segment, taken)
             left -= taken
         own = own or Segment(reserve=len(token_ids) - num_tokens)
-        return KVCache(token_ids, shared=shared, own=own)
+        return KVCache(token_ids, shared=shared, own=own, adapter=self.adapter)

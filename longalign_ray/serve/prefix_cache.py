@@ -31,16 +31,19 @@ class PrefixCache:
         """Held for caches whose requests are over."""
         return sum(segment.num_bytes for segment in self._retained)
 
-    def open(self, token_ids: Sequence[int]) -> KVCache | None:
+    def open(self, token_ids: Sequence[int], *, adapter: str | None = None) -> KVCache | None:
         """A cache for a prompt, with what is known of its beginning; at least one token is left to compute.
 
+        Known is what the same adapter computed: with other weights, keys and values are others.
         None where a request under way computes more of that beginning: ask again when it has.
         """
         if not self._max_bytes:
-            return KVCache(token_ids)
+            return KVCache(token_ids, adapter=adapter)
         prompt = np.asarray(token_ids, dtype=np.int64)
         best, num_ready, num_coming = None, 0, 0
         for cache in (*self._retained.values(), *self._active.values()):
+            if cache.adapter != adapter:
+                continue
             common = min(_common_length(cache.token_ids, prompt), len(prompt) - 1)
             num_coming = max(num_coming, common)
             if min(common, cache.length) > num_ready:
@@ -48,7 +51,7 @@ class PrefixCache:
         if num_coming - num_ready >= MIN_AWAITED:
             return None
         if best is None or num_ready < MIN_REUSED:
-            opened = KVCache(token_ids)
+            opened = KVCache(token_ids, adapter=adapter)
         else:
             self._touch(best)
             opened = best.branch(token_ids, num_ready)

@@ -19,15 +19,19 @@ from longalign_ray.serve.engine import EngineStats, GenerationEvent, PromptScore
 
 
 class RemoteEngine:
-    """A GenerationEngine that passes calls on to the replicas of a deployment; Serve chooses the replica."""
+    """A GenerationEngine that passes calls on to the replicas of a deployment; Serve chooses the replica.
 
-    def __init__(self, name: str, handle: DeploymentHandle, *, affinity_tokens: int = 0):
+    adapter: over the deployment's model; none: that model as it is.
+    """
+
+    def __init__(self, name: str, handle: DeploymentHandle, *, adapter: str | None = None, affinity_tokens: int = 0):
         self._name = name
         self._handle = handle
+        self._adapter = adapter
         self._affinity_tokens = affinity_tokens
 
     async def submit(self, token_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[GenerationEvent, None]:
-        events: Any = self._start("submit", token_ids, sampling, stream=True)
+        events: Any = self._start("submit", token_ids, sampling, self._adapter, stream=True)
         try:
             async for event in events:
                 yield event
@@ -38,7 +42,7 @@ class RemoteEngine:
             raise
 
     async def score(self, token_ids: Sequence[int], *, num_top: int = 0) -> PromptScore:
-        return await self._call(self._start("score", token_ids, num_top))
+        return await self._call(self._start("score", token_ids, num_top, self._adapter))
 
     async def stats(self) -> EngineStats:
         """The sum over all replicas."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
@@ -41,8 +41,13 @@ class Progress:
             )
 
 
-def load_engine(model_dir: str, config: ServeConfig, *, dtype: str) -> TransformersEngine | VllmEngine:
-    """The engine that the recipe names. Raises ModelError or ServingError where it cannot be had."""
+def load_engine(
+    model_dir: str, config: ServeConfig, *, dtype: str, adapters: Mapping[str, str] | None = None
+) -> TransformersEngine | VllmEngine:
+    """The engine that the recipe names, with adapters by name over its model.
+
+    Raises ModelError or ServingError where it cannot be had.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     from longalign_ray.precision import resolve_dtype
@@ -59,6 +64,7 @@ def load_engine(model_dir: str, config: ServeConfig, *, dtype: str) -> Transform
             prefill_chunk=config.prefill_chunk,
             max_sequences=config.max_sequences,
             tensor_parallel=config.tensor_parallel,
+            adapters=adapters,
             engine_args=config.vllm_args,
         )
     from longalign_ray.serve.transformers_engine import TransformersEngine
@@ -69,6 +75,7 @@ def load_engine(model_dir: str, config: ServeConfig, *, dtype: str) -> Transform
         prefill_chunk=config.prefill_chunk,
         max_sequences=config.max_sequences,
         prefix_cache_bytes=int(config.prefix_cache_gb * 1e9),
+        adapters=adapters,
         device="cuda" if config.use_gpu else "cpu",
         num_threads=config.cpus_per_replica,
     )
@@ -102,18 +109,20 @@ async def gathered(
 class EngineReplica:
     """Serve replaces it when `check_health` raises."""
 
-    def __init__(self, model_dir: str, config: ServeConfig, *, dtype: str):
-        self._engine = load_engine(model_dir, config, dtype=dtype)
+    def __init__(self, model_dir: str, config: ServeConfig, *, dtype: str, adapters: Mapping[str, str] | None = None):
+        self._engine = load_engine(model_dir, config, dtype=dtype, adapters=adapters)
         self._progress = Progress(stuck_seconds=config.stuck_seconds)
 
-    async def submit(self, token_ids: list[int], sampling: Sampling) -> AsyncGenerator[GenerationEvent, None]:
-        events = gathered(self._engine.submit(token_ids, sampling), seconds=GATHER_SECONDS)
+    async def submit(
+        self, token_ids: list[int], sampling: Sampling, adapter: str | None = None
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        events = gathered(self._engine.submit(token_ids, sampling, adapter=adapter), seconds=GATHER_SECONDS)
         async with aclosing(events):
             async for event in events:
                 yield event
 
-    async def score(self, token_ids: list[int], num_top: int) -> PromptScore:
-        return await self._engine.score(token_ids, num_top=num_top)
+    async def score(self, token_ids: list[int], num_top: int, adapter: str | None = None) -> PromptScore:
+        return await self._engine.score(token_ids, num_top=num_top, adapter=adapter)
 
     async def stats(self) -> EngineStats:
         return await self._engine.stats()

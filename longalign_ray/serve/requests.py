@@ -23,19 +23,22 @@ SCORE_CHUNK = 512
 class GenerateRequest:
     """A prompt, then a token a step: `token_ids` grows by those drawn, and what the cache lacks of them is to do."""
 
-    def __init__(self, token_ids: Sequence[int], sampling: Sampling, *, end_ids: frozenset[int]):
+    def __init__(
+        self, token_ids: Sequence[int], sampling: Sampling, *, end_ids: frozenset[int], adapter: str | None = None
+    ):
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_generated = 0
         self.num_cached = 0
         self.cache: KVCache | None = None
+        self.adapter = adapter
         self._sampling = sampling
         self._stop_ids = end_ids | set(sampling.stop_token_ids)
         self._generator = new_generator(sampling.seed)
 
     def open(self, prefixes: PrefixCache) -> bool:
         """Whether it can begin now; else it is to be asked again when other requests have gone on."""
-        self.cache = prefixes.open(self.token_ids)
+        self.cache = prefixes.open(self.token_ids, adapter=self.adapter)
         self.num_cached = self.cache.length if self.cache else 0
         return self.cache is not None
 
@@ -70,17 +73,18 @@ class ScoreRequest:
     num_generated = 0
     num_cached = 0
 
-    def __init__(self, token_ids: Sequence[int], *, num_top: int):
+    def __init__(self, token_ids: Sequence[int], *, num_top: int, adapter: str | None = None):
         self.token_ids = list(token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.cache: KVCache | None = None
+        self.adapter = adapter
         self._num_top = num_top
         self._log_probs: list[float] = []
         self._top: list[TopTokens] = []
 
     def open(self, prefixes: PrefixCache) -> bool:
         """Always true."""
-        self.cache = KVCache(self.token_ids)
+        self.cache = KVCache(self.token_ids, adapter=self.adapter)
         return True
 
     @property

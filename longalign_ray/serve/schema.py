@@ -292,6 +292,8 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str = "longalign_ray"
     max_model_len: int
+    parent: str | None = None
+    """Of an adapter, the model that it is over."""
 
 
 class ModelList(BaseModel):

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ class _Job:
 
 
 class TransformersEngine:
-    """A GenerationEngine on one model directory (safetensors, no remote code).
+    """A GenerationEngine on one model directory (safetensors, no remote code), and on LoRA adapters over its weights.
 
     A step is one forward pass over a token of every request that decodes and up to `prefill_chunk` tokens of prompts.
     At most `max_sequences` requests hold a KV cache at a time; the others wait in order. Caches of finished requests
@@ -55,6 +55,7 @@ class TransformersEngine:
         prefill_chunk: int = 2_048,
         max_sequences: int = 8,
         prefix_cache_bytes: int = 2**30,
+        adapters: Mapping[str, str | Path] | None = None,
         device: str = "cpu",
         num_threads: int | None = None,
     ):
@@ -65,7 +66,8 @@ class TransformersEngine:
 
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        self._model = load_model(model_dir, dtype=dtype, device=device)
+        self._model = load_model(model_dir, dtype=dtype, device=device, adapters=adapters)
+        self._adapters = frozenset(adapters or ())
         self._end_ids = end_token_ids(self._model)
         self._prefill_chunk = prefill_chunk
         self._max_sequences = max_sequences
@@ -78,10 +80,12 @@ class TransformersEngine:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    async def submit(self, token_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[GenerationEvent, None]:
+    async def submit(
+        self, token_ids: Sequence[int], sampling: Sampling, *, adapter: str | None = None
+    ) -> AsyncGenerator[GenerationEvent, None]:
         from longalign_ray.serve.requests import GenerateRequest
 
-        job = self._enqueue(GenerateRequest(token_ids, sampling, end_ids=self._end_ids))
+        job = self._enqueue(GenerateRequest(token_ids, sampling, end_ids=self._end_ids, adapter=adapter))
         try:
             while True:
                 event = await self._next_result(job)
@@ -91,10 +95,10 @@ class TransformersEngine:
         finally:
             job.cancelled = True
 
-    async def score(self, token_ids: Sequence[int], *, num_top: int = 0) -> PromptScore:
+    async def score(self, token_ids: Sequence[int], *, num_top: int = 0, adapter: str | None = None) -> PromptScore:
         from longalign_ray.serve.requests import ScoreRequest
 
-        job = self._enqueue(ScoreRequest(token_ids, num_top=num_top))
+        job = self._enqueue(ScoreRequest(token_ids, num_top=num_top, adapter=adapter))
         try:
             return await self._next_result(job)
         finally:
@@ -129,6 +133,8 @@ class TransformersEngine:
     def _enqueue(self, request: GenerateRequest | ScoreRequest) -> _Job:
         if request.num_prompt_tokens == 0:
             raise ServingError("the prompt has no tokens; send at least one")
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise ServingError(f"there is no adapter {request.adapter!r} here; served: {sorted(self._adapters)}")
         job = _Job(request, asyncio.get_running_loop())
         with self._wake:
             if self._closed or not self.is_alive:

@@ -14,6 +14,7 @@ from longalign_ray.errors import ModelError, ServingError
 from longalign_ray.serve.engine import EngineStats, GenerationEvent, PromptScore, Sampling, Token, TopTokens
 
 MAX_TOP = 20  # likeliest tokens that a request may ask for
+MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has kernels
 
 
 class VllmEngine:
@@ -34,6 +35,7 @@ class VllmEngine:
         prefill_chunk: int = 2_048,
         max_sequences: int = 8,
         tensor_parallel: int = 1,
+        adapters: Mapping[str, str | Path] | None = None,
         engine_args: Mapping[str, Any] | None = None,
     ):
         try:
@@ -62,15 +64,19 @@ class VllmEngine:
             "load_format": "safetensors",
             "trust_remote_code": False,
         }
+        settings |= adapter_args(adapters or {})
         try:
             self._engine: Any = AsyncLLMEngine.from_engine_args(AsyncEngineArgs(**settings | dict(engine_args or {})))
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise ModelError(f"{model_dir} cannot be loaded by vLLM for serving: {error}") from error
+        self._adapters = {name: (number, str(path)) for number, (name, path) in enumerate((adapters or {}).items(), 1)}
         self._end_ids = end_token_ids(model_dir)
         self._numbers = itertools.count()
         self._counts: Counter[str] = Counter()
 
-    async def submit(self, token_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[GenerationEvent, None]:
+    async def submit(
+        self, token_ids: Sequence[int], sampling: Sampling, *, adapter: str | None = None
+    ) -> AsyncGenerator[GenerationEvent, None]:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
 
@@ -86,7 +92,7 @@ class VllmEngine:
             output_kind=RequestOutputKind.DELTA,
         )
         num_generated = num_cached = 0
-        async with aclosing(self._outputs(token_ids, asked)) as outputs:
+        async with aclosing(self._outputs(token_ids, asked, adapter)) as outputs:
             async for output in outputs:
                 made = output.outputs[0]
                 num_generated, num_cached = num_generated + len(made.token_ids), output.num_cached_tokens or 0
@@ -108,11 +114,11 @@ class VllmEngine:
         self._counts["generated_tokens"] += num_generated
         self._counts["cached_tokens"] += num_cached
 
-    async def score(self, token_ids: Sequence[int], *, num_top: int = 0) -> PromptScore:
+    async def score(self, token_ids: Sequence[int], *, num_top: int = 0, adapter: str | None = None) -> PromptScore:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=num_top, detokenize=False)
-        async with aclosing(self._outputs(token_ids, asked)) as outputs:
+        async with aclosing(self._outputs(token_ids, asked, adapter)) as outputs:
             async for output in outputs:
                 tokens = [
                     _token(token_id, places, num_top)
@@ -122,15 +128,17 @@ class VllmEngine:
                 return PromptScore(tuple(token.log_prob for token in tokens), tuple(token.top for token in tokens))
         raise ServingError("vLLM ended without a result; ask again")
 
-    async def _outputs(self, token_ids: Sequence[int], asked: Any) -> AsyncGenerator[Any, None]:
+    async def _outputs(self, token_ids: Sequence[int], asked: Any, adapter: str | None) -> AsyncGenerator[Any, None]:
         """vLLM's outputs of a request; closing the generator aborts it."""
         if not token_ids:
             raise ServingError("the prompt has no tokens; send at least one")
         prompt = {"prompt_token_ids": list(token_ids)}
+        lora = None if adapter is None else self._lora_request(adapter)
         self._counts["active"] += 1
         outcome = "cancelled"
         try:
-            async with aclosing(self._engine.generate(prompt, asked, str(next(self._numbers)))) as outputs:
+            number = str(next(self._numbers))
+            async with aclosing(self._engine.generate(prompt, asked, number, lora_request=lora)) as outputs:
                 async for output in outputs:
                     if output.finished:
                         outcome = "finished"
@@ -143,6 +151,13 @@ class VllmEngine:
         finally:
             self._counts["active"] -= 1
             self._counts[outcome] += 1
+
+    def _lora_request(self, name: str) -> Any:
+        """vLLM loads an adapter with the first request for it, and keys its prefix cache by it."""
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+        number, path = self._adapters[name]
+        return LoRARequest(lora_name=name, lora_int_id=number, lora_path=path)
 
     async def stats(self) -> EngineStats:
         """What vLLM holds back for want of room is among the active ones; of tokens, it tells of generated ones."""
@@ -157,6 +172,23 @@ class VllmEngine:
     def close(self) -> None:
         """Fails what is under way and ends vLLM's processes."""
         self._engine.shutdown()
+
+
+def adapter_args(adapters: Mapping[str, str | Path]) -> dict[str, Any]:
+    """vLLM's settings for LoRA adapters, none without any. Raises ModelError where one cannot be served."""
+    from longalign_ray.serve.lora import read_settings
+
+    if not adapters:
+        return {}
+    largest, path = max((read_settings(path).rank, str(path)) for path in adapters.values())
+    room = next((rank for rank in MAX_RANKS if rank >= largest), None)
+    if room is None:
+        raise ModelError(
+            f"{path} has rank {largest}, and vLLM takes up to {MAX_RANKS[-1]}: set serve.engine=transformers, or merge "
+            "it into its base model"
+        )
+    # One place stays empty: beside an adapter's rows, vLLM's kernels for CPUs give those of the base the last one's.
+    return {"enable_lora": True, "max_lora_rank": room, "max_loras": len(adapters) + 1}
 
 
 def context_of(model_dir: str | Path) -> int | None:

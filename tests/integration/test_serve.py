@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,29 @@ def models(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 @pytest.fixture(scope="module")
-def base_url(models: dict[str, Path], local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def adapted(models: dict[str, Path]) -> Any:
+    """The base model under a random adapter."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(models["base"], dtype=torch.float32)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(0)
+    return peft.get_peft_model(base, config).eval()
+
+
+@pytest.fixture(scope="module")
+def base_url(
+    models: dict[str, Path], adapted: Any, local_ray: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     from longalign_ray.serve.app import running_app
 
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(KEY)
+    adapted.save_pretrained(keys.parent / "adapter")
     config = ServeConfig(
         port=free_port(),
+        adapters={"adapted": str(keys.parent / "adapter")},
         api_keys=f"file:{keys}",
         max_ongoing_requests=2,
         max_queued_requests=8,
@@ -91,14 +108,15 @@ def client(base_url: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def greedy_text(model_dir: Path, num_tokens: int, messages: Any = MESSAGES) -> str:
+def greedy_text(model_dir: Path, num_tokens: int, messages: Any = MESSAGES, *, model: Any = None) -> str:
+    """Of the directory's model, or of `model` with its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = model or AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     prompt = torch.tensor([encode_prompt(tokenizer, messages)])
     settings = {"max_new_tokens": num_tokens, "do_sample": False, "pad_token_id": 0}
-    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+    out = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
     return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")
 
 
@@ -119,8 +137,9 @@ def wait_until_idle(name: str) -> Any:
 
 def test_health_and_models(base_url, client):
     health = httpx.get(base_url.removesuffix("/v1") + "/health")
-    assert (health.status_code, health.json()["models"]) == (200, {"base": True, "aligned": True})
-    assert {model.id for model in client.models.list()} == {"base", "aligned"}
+    assert (health.status_code, health.json()["models"]) == (200, {"base": True, "aligned": True, "adapted": True})
+    parents = {model.id: model.parent for model in client.models.list()}
+    assert parents == {"base": None, "aligned": None, "adapted": "base"}
     assert client.models.retrieve("base").id == "base"
 
 
@@ -149,6 +168,18 @@ def test_asynchronous_client_streams_the_same(client, base_url):
     *chunks, last = asyncio.run(streamed())
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
     assert last.usage == whole.usage
+
+
+def test_an_adapter_and_its_base_answer_side_by_side(client: openai.OpenAI, models: dict[str, Path], adapted: Any):
+    """They are one deployment; its engine computes both in the same steps."""
+    with ThreadPoolExecutor(2) as pool:
+        asked = [
+            pool.submit(client.chat.completions.create, model=name, messages=MESSAGES, max_tokens=16, temperature=0)  # pyright: ignore[reportArgumentType]
+            for name in ("base", "adapted")
+        ]
+        base, answer = (each.result().choices[0].message.content for each in asked)
+    assert base == greedy_text(models["base"], 16)
+    assert answer == greedy_text(models["base"], 16, model=adapted) != base
 
 
 def test_completion_scores_token_ids(client):

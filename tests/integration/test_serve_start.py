@@ -72,6 +72,7 @@ def test_written_config_stands_for_the_same_application(tiny_model_dir: Path, tm
     keys, recipe, file = tmp_path / "keys", tmp_path / "recipe.yaml", tmp_path / "serve.yaml"
     recipe.write_text(f"run_dir: {tmp_path}/run\nmodel: {{path: {tiny_model_dir}, dtype: float32}}")
     settings = ["port=8123", "num_replicas=[1, 4]", f"api_keys=file:{keys}", "affinity_tokens=64", "drain_seconds=9"]
+    settings.append("adapters={tuned: adapters/tuned}")
     assert main(["serve", str(recipe), *(f"serve.{each}" for each in settings), "--write-config", str(file)]) == 0
     written = file.read_text()
     schema = ServeDeploySchema.model_validate(yaml.safe_load(written))
@@ -84,6 +85,8 @@ def test_written_config_stands_for_the_same_application(tiny_model_dir: Path, tm
     keys.write_text("a-secret-key-of-the-tests")
     ingress: Any = build(application.args)._bound_deployment
     engine = ingress.init_args[0]["base"]._bound_deployment
+    assert engine.init_kwargs["adapters"] == {"tuned": str(Path("adapters/tuned").resolve())}
+    assert ingress.init_args[0]["aligned"]._bound_deployment.init_kwargs["adapters"] == {}
     scaling = engine._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
     assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (10, 300)

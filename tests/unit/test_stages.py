@@ -10,7 +10,7 @@ import pytest
 from longalign_ray import stage_state, stages
 from longalign_ray.config import RunConfig
 from longalign_ray.config_load import load_config
-from longalign_ray.errors import CorpusError, LongAlignError, ModelError, PlanMismatchError
+from longalign_ray.errors import ConfigError, CorpusError, LongAlignError, ModelError, PlanMismatchError
 from longalign_ray.run_dir import Manifest, RunDir, write_json
 from longalign_ray.train.checkpoint import TrainState
 from longalign_ray.train.checkpoint_store import CheckpointStore
@@ -195,3 +195,30 @@ def test_a_missing_corpus_is_named(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").unlink()
     with pytest.raises(CorpusError, match=r"corpus\.jsonl"):
         stage_state.is_done(config, run_dir, "prepare")
+
+
+def test_an_adapter_alone_is_served_over_the_model_it_was_trained_on(tmp_path: Path, tiny_model_dir: Path) -> None:
+    of_model = (f"model.path={tiny_model_dir}", "serve.adapters={other: o}", "evaluate.models=[aligned, other]")
+    config, run_dir = config_of(tmp_path, *of_model), RunDir(tmp_path / "run")
+    run_dir.model.mkdir(parents=True)
+    with pytest.raises(LongAlignError, match="export"):
+        stages.served_models(config, run_dir)
+    (run_dir.model / "config.json").touch()
+    models, settings = stages.served_models(config, run_dir)
+    assert (models, settings) == ({"base": tiny_model_dir, "aligned": run_dir.model}, config.serve)
+    assert set(stages.evaluated_models(config, run_dir)[0]) == {"base", "aligned"}, "the base of the other adapter"
+    (run_dir.model / "config.json").rename(run_dir.model / "adapter_config.json")
+    models, settings = stages.served_models(config, run_dir)
+    assert models == {"base": tiny_model_dir}
+    assert settings.adapters == {"other": "o", "aligned": str(run_dir.model)}
+    models, settings = stages.evaluated_models(config_of(tmp_path, *of_model, "evaluate.models=[base]"), run_dir)
+    assert (models, settings.adapters) == ({"base": tiny_model_dir}, {})
+    extended = config_of(tmp_path, *of_model, "model.rope={scaling: linear, window: 131072}")
+    with pytest.raises(LongAlignError, match=r"model\.rope\.scaling = linear .*export\.adapter=merged"):
+        stages.served_models(extended, run_dir)
+
+
+@pytest.mark.parametrize("name", ["base", "aligned"])
+def test_an_adapter_does_not_take_the_name_of_a_model_of_the_run(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"serve.adapters names '{name}'"):
+        config_of(tmp_path, f"serve.adapters={{{name}: there}}")

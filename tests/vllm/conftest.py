@@ -6,27 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+from tests.tiny_model import write_tiny_model
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    directory = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=128,  # heads of 32: vLLM's CPU kernels know no smaller ones
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2_048,
-        eos_token_id=258,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
+    return write_tiny_model(tmp_path_factory.mktemp("model"), width=128)  # vLLM's CPU kernels know no heads below 32
 
 
 @pytest.fixture(scope="session")

@@ -29,18 +29,35 @@ def run() -> Iterator[Any]:
         yield runner.run
 
 
+@pytest.fixture(scope="session")
+def adapted(model_dir: Path) -> Any:
+    """The model under a random adapter."""
+    peft = pytest.importorskip("peft")
+    from transformers import LlamaForCausalLM
+
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=12, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(1)
+    return peft.get_peft_model(LlamaForCausalLM.from_pretrained(str(model_dir)), config).eval()
+
+
 @pytest.fixture(scope="module")
-def engine(model_dir: Path, run: Any) -> Iterator[VllmEngine]:
+def engine(model_dir: Path, adapted: Any, run: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
+    directory = tmp_path_factory.mktemp("adapter")
+    adapted.save_pretrained(directory)
+
     async def make() -> VllmEngine:
-        return VllmEngine(model_dir, dtype="float32", max_tokens=1_024, engine_args={"enforce_eager": True})
+        settings: dict[str, Any] = {"adapters": {"adapted": directory}, "engine_args": {"enforce_eager": True}}
+        return VllmEngine(model_dir, dtype="float32", max_tokens=1_024, **settings)
 
     engine = run(make())
     yield engine
     engine.close()
 
 
-async def events_of(engine: VllmEngine, prompt: Sequence[int], sampling: Sampling) -> list[GenerationEvent]:
-    return [event async for event in engine.submit(prompt, sampling)]
+async def events_of(
+    engine: VllmEngine, prompt: Sequence[int], sampling: Sampling, *, adapter: str | None = None
+) -> list[GenerationEvent]:
+    return [event async for event in engine.submit(prompt, sampling, adapter=adapter)]
 
 
 def ids_of(events: Sequence[GenerationEvent]) -> list[int]:
@@ -50,7 +67,7 @@ def ids_of(events: Sequence[GenerationEvent]) -> list[int]:
 def generated(model: Any, prompt: Sequence[int], number: int) -> list[int]:
     inputs = torch.tensor([prompt])
     out = model.generate(
-        inputs, attention_mask=torch.ones_like(inputs), do_sample=False, pad_token_id=0, max_new_tokens=number
+        input_ids=inputs, attention_mask=torch.ones_like(inputs), do_sample=False, pad_token_id=0, max_new_tokens=number
     )
     return out[0, len(prompt) :].tolist()
 
@@ -107,6 +124,20 @@ def test_questions_on_one_document_share_its_cache(engine: VllmEngine, model: An
     assert first[-1].num_cached == 0
     assert second[-1].num_cached > 600
     assert ids_of(second) == [token for token in generated(model, [*DOCUMENT, 3, 4, 5], 16) if token != 258]
+
+
+def test_an_adapter_beside_its_base_equals_peft(engine: VllmEngine, model: Any, adapted: Any, run: Any) -> None:
+    """On one prompt, so that a cache shared by both would show."""
+    prompt = [*DOCUMENT[::-1], 1]
+
+    async def ask_both() -> list[list[GenerationEvent]]:
+        return await asyncio.gather(
+            *(events_of(engine, prompt, GREEDY, adapter=adapter) for adapter in (None, "adapted", "adapted"))
+        )
+
+    base, first, again = (ids_of(events) for events in run(ask_both()))
+    assert base == [token for token in generated(model, prompt, 16) if token != 258]
+    assert first == again == [token for token in generated(adapted, prompt, 16) if token != 258] != base
 
 
 def test_closing_the_stream_aborts_the_request(engine: VllmEngine, run: Any) -> None:

@@ -13,7 +13,6 @@ import torch
 
 from longalign_ray.config import ServeConfig
 from longalign_ray.data.template import encode_prompt, load_tokenizer
-from tests.tiny_model import write_tiny_tokenizer
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -23,7 +22,6 @@ MESSAGES: Any = [{"role": "user", "content": "What is long context? " * 40}]
 def test_a_served_model_answers_as_generate(model_dir: Path, model: Any, local_ray: None) -> None:
     from longalign_ray.serve.app import running_app
 
-    write_tiny_tokenizer(model_dir)
     tokenizer: Any = load_tokenizer(model_dir)
     prompt = torch.tensor([encode_prompt(tokenizer, MESSAGES)])
     out = model.generate(
