@@ -252,7 +252,13 @@ def generate(config: RunConfig, run_dir: RunDir) -> Manifest:
     if config.generate.model == "base":
         model_dir, weights = local_model_dir(config.model.path), config.model.path
     else:
-        model_dir = served_models(config, run_dir)["aligned"]
+        models, _ = served_models(config, run_dir)
+        if "aligned" not in models:
+            raise LongAlignError(
+                f"{run_dir.model} holds an adapter alone, with which `longalign generate` does not answer: set "
+                "export.adapter=merged and export again, or ask `longalign serve`"
+            )
+        model_dir = models["aligned"]
         weights = Manifest.load(run_dir.manifest("export"))
     output = run_dir.generated if config.generate.output is None else Path(config.generate.output)
     started = time.perf_counter()
