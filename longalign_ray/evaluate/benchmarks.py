@@ -16,7 +16,7 @@ from longalign_ray.evaluate import longbench_v2 as longbench_v2_task
 from longalign_ray.evaluate import longeval as longeval_task
 from longalign_ray.evaluate import mt_bench as mt_bench_task
 from longalign_ray.evaluate import needle as needle_task
-from longalign_ray.evaluate import ruler as ruler_task
+from longalign_ray.evaluate.ruler import tasks as ruler_task
 from longalign_ray.evaluate.task import EvalCase, Prediction, TaskInputs, TaskScore, read_text
 
 logger = logging.getLogger(__name__)

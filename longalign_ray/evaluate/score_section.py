@@ -6,7 +6,7 @@ from longalign_ray.evaluate import page
 from longalign_ray.evaluate.charts import bar_rows
 from longalign_ray.evaluate.comparison import as_table
 from longalign_ray.evaluate.heat_map import heat_map, scale_legend
-from longalign_ray.evaluate.ruler import RULER_TASKS, THRESHOLD
+from longalign_ray.evaluate.ruler.tasks import RULER_TASKS, THRESHOLD
 from longalign_ray.evaluate.score_files import BENCHMARK_TITLES, shown, unit
 from longalign_ray.evaluate.summary import Summary
 from longalign_ray.evaluate.svg import short

@@ -15,15 +15,15 @@ from longalign_ray.config import RulerConfig
 from longalign_ray.data.template import encode_prompt
 from longalign_ray.errors import EvaluationError
 from longalign_ray.evaluate.haystack import default_haystack
-from longalign_ray.evaluate.longest_fit import longest_fit
-from longalign_ray.evaluate.ruler import RULER_TASKS, RulerParts, ruler_cases, score_ruler
-from longalign_ray.evaluate.ruler_needles import Essay
-from longalign_ray.evaluate.ruler_prompts import longest_prompt
-from longalign_ray.evaluate.ruler_questions import question_sampler, read_squad
-from longalign_ray.evaluate.ruler_words import OWN_WORDS, read_words
+from longalign_ray.evaluate.ruler.longest_fit import longest_fit
+from longalign_ray.evaluate.ruler.needles import Essay
+from longalign_ray.evaluate.ruler.prompts import longest_prompt
+from longalign_ray.evaluate.ruler.questions import question_sampler, read_squad
+from longalign_ray.evaluate.ruler.tasks import RULER_TASKS, RulerParts, ruler_cases, score_ruler
+from longalign_ray.evaluate.ruler.word_lists import compound_words, plain_words
+from longalign_ray.evaluate.ruler.words import OWN_WORDS, read_words
 from longalign_ray.evaluate.scoring import string_match_all, string_match_part
 from longalign_ray.evaluate.task import EvalCase, Prediction
-from longalign_ray.evaluate.word_lists import compound_words, plain_words
 from tests.conftest import SHARED_DATA
 from tests.unit.evaluate.tokenizers import KINDS, make_tokenizer
 

@@ -12,9 +12,9 @@ import random
 import string
 from itertools import pairwise
 
-from longalign_ray.evaluate.ruler_samples import UNBOUNDED, Sample, Sampler
-from longalign_ray.evaluate.ruler_words import RulerWords
-from longalign_ray.evaluate.word_lists import compound_words, plain_words
+from longalign_ray.evaluate.ruler.samples import UNBOUNDED, Sample, Sampler
+from longalign_ray.evaluate.ruler.word_lists import compound_words, plain_words
+from longalign_ray.evaluate.ruler.words import RulerWords
 
 NUM_HOPS = 4
 EXAMPLE_LINES = 10  # of noise in the solved example, which then has about 400 tokens; the benchmark's has up to 500

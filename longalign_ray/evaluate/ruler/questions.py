@@ -11,8 +11,8 @@ from typing import Any
 
 from longalign_ray.errors import EvaluationError
 from longalign_ray.evaluate.benchmark_rows import read_prompt
-from longalign_ray.evaluate.ruler_samples import Sample, Sampler
-from longalign_ray.evaluate.ruler_words import RulerWords
+from longalign_ray.evaluate.ruler.samples import Sample, Sampler
+from longalign_ray.evaluate.ruler.words import RulerWords
 
 SQUAD_REMEDY = "give the path of dev-v2.0.json as SQuAD 2.0 publishes it"
 HOTPOTQA_REMEDY = "give the path of hotpot_dev_distractor_v1.json as HotpotQA publishes it"

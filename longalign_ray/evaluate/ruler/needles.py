@@ -17,9 +17,9 @@ from typing import Literal
 
 from longalign_ray.evaluate.benchmark_rows import filled
 from longalign_ray.evaluate.haystack import SENTENCE_END
-from longalign_ray.evaluate.ruler_samples import UNBOUNDED, Sample, Sampler
-from longalign_ray.evaluate.ruler_words import PLACEHOLDER, RulerWords, Template
-from longalign_ray.evaluate.word_lists import compound_words, qualities
+from longalign_ray.evaluate.ruler.samples import UNBOUNDED, Sample, Sampler
+from longalign_ray.evaluate.ruler.word_lists import compound_words, qualities
+from longalign_ray.evaluate.ruler.words import PLACEHOLDER, RulerWords, Template
 
 # Needles in an essay stand at 40 depths from 0 to 100 per cent of its sentences.
 DEPTHS = tuple(round(100 * number / 39) for number in range(40))

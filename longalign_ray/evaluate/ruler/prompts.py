@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from longalign_ray.data.template import Tokenizer, encode_prompt, render_prompt, tokenizer_prefix
-from longalign_ray.evaluate.longest_fit import longest_fit
-from longalign_ray.evaluate.ruler_samples import Sample, Sampler
+from longalign_ray.evaluate.ruler.longest_fit import longest_fit
+from longalign_ray.evaluate.ruler.samples import Sample, Sampler
 
 PrefixOf = Literal["assistant", "user"]
 PATHS: dict[PrefixOf, str] = {"assistant": "/completions", "user": "/chat/completions"}

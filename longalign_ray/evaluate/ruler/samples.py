@@ -1,4 +1,4 @@
-"""A sample of RULER, of any size: what the makers of the tasks give, and what `ruler.py` fits to a length."""
+"""A sample of RULER, of any size: what the makers of the tasks give, and what `prompts.py` fits to a length."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from longalign_ray.evaluate.ruler_words import Template
+from longalign_ray.evaluate.ruler.words import Template
 
 UNBOUNDED = 10**8
 

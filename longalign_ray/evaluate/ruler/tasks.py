@@ -6,8 +6,8 @@ A prompt, from left to right, with its answer never longer than the length:
     | chat template | task, solved example | context, as long as fits | question, template | answer prefix | answer |
 
 The benchmark makes contexts longer in coarse steps; here the longest that fits is taken. An answer is right where it
-holds the wanted strings, as there. The samples themselves: `ruler_needles.py`, `ruler_lists.py`, `ruler_questions.py`;
-what they differ in is told at their heads, and `ruler_words.py` has the wording.
+holds the wanted strings, as there. The samples themselves: `needles.py`, `lists.py`, `questions.py`;
+what they differ in is told at their heads, and `words.py` has the wording.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 from longalign_ray.config import RulerConfig
 from longalign_ray.data.template import Tokenizer
 from longalign_ray.errors import EvaluationError
-from longalign_ray.evaluate.ruler_lists import common_words_sampler, frequent_words_sampler, variable_sampler
-from longalign_ray.evaluate.ruler_needles import Essay, NeedleTask, needle_sampler
-from longalign_ray.evaluate.ruler_prompts import PATHS, RulerPrompt, longest_prompt
-from longalign_ray.evaluate.ruler_questions import QuestionSet, question_sampler, read_hotpotqa, read_squad
-from longalign_ray.evaluate.ruler_samples import Sampler
-from longalign_ray.evaluate.ruler_words import OWN_WORDS, RulerWords, read_words
+from longalign_ray.evaluate.ruler.lists import common_words_sampler, frequent_words_sampler, variable_sampler
+from longalign_ray.evaluate.ruler.needles import Essay, NeedleTask, needle_sampler
+from longalign_ray.evaluate.ruler.prompts import PATHS, RulerPrompt, longest_prompt
+from longalign_ray.evaluate.ruler.questions import QuestionSet, question_sampler, read_hotpotqa, read_squad
+from longalign_ray.evaluate.ruler.samples import Sampler
+from longalign_ray.evaluate.ruler.words import OWN_WORDS, RulerWords, read_words
 from longalign_ray.evaluate.scoring import string_match_all, string_match_part
 from longalign_ray.evaluate.task import EvalCase, Prediction, TaskScore
 
