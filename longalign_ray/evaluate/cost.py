@@ -97,6 +97,6 @@ def cost_table(costs: Mapping[str, TaskCost], *, num_models: int, rates: Serving
         lines.append(f"| {' | '.join([name, *(f'{count:,}' for count in counts), f'{hours:.2f}'])} |")
     lines.append(
         f"\nAnswers as long as they may be. Assumed: {rates.tflops:g} TFLOP/s for prompts, {rates.bandwidth:g} GB/s "
-        f"and {rates.batch} requests at a time for answers, bf16. Judges and follow-up requests are not counted."
+        f"and {rates.batch} requests at a time for answers, bf16. Not counted: judges, follow-up requests, lm_eval."
     )
     return "\n".join(lines)
