@@ -29,5 +29,5 @@ def pack_linear_layers(model: nn.Module) -> None:
             layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
 
-def _product(packed: Any, bias: torch.Tensor | None, input: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
+def _product(packed: Any, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
