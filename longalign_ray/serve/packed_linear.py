@@ -1,7 +1,7 @@
 """Linear layers whose weights lie in memory as the CPU's kernels (oneDNN) read them.
 
 torch's own product lays a weight out anew in every call. For the few rows of a decoding step that takes as long as the
-product: with SmolLM2-135M and 8 rows, a step with packed weights takes 0.92 of the CPU time.
+product: with SmolLM2-135M and 8 rows, a step with packed weights takes 0.88 of the CPU time.
 """
 
 from __future__ import annotations
