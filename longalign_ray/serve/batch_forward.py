@@ -15,7 +15,6 @@ import torch
 from longalign_ray.errors import ModelError
 from longalign_ray.serve.kv_cache import KVCache, Segment
 from longalign_ray.serve.lora import add_adapters, group_rows, step_rows
-from longalign_ray.serve.packed_linear import pack_linear_layers
 from longalign_ray.serve.ragged_attention import RaggedStep, register
 from longalign_ray.train.attention import LAYER_TYPES
 
@@ -102,7 +101,6 @@ def load_model(
         ) from error
     model = model.to(device).eval()
     add_adapters(model, adapters or {})
-    pack_linear_layers(model)
     check_model(model, adapters or {})
     return model
 

@@ -182,15 +182,13 @@ def peak_growth(prompt_tokens: int) -> dict[str, int]:
         num_key_value_heads=2, max_position_embeddings=65_536,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        model = LlamaForCausalLM(config)
-        weights = sum(parameter.nbytes for parameter in model.parameters())
-        model.save_pretrained(scratch)
-        del model
+        LlamaForCausalLM(config).save_pretrained(scratch)
         engine = new_engine(Path(scratch), "float32", prefill_chunk=CHUNK)
     asyncio.run(token_times(engine, [1] * 64, 2))
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
     asyncio.run(token_times(engine, [1 + place % 250 for place in range(prompt_tokens)], 2))
+    weights = sum(parameter.nbytes for parameter in engine._model.parameters())
     cache = prompt_tokens * 2 * 2 * 2 * 64 * 4  # keys and values, layers, heads, width, bytes
     return {"peak": memory("VmHWM") - before, "weights": weights, "cache": cache}
 

@@ -77,7 +77,6 @@ EMBEDDED = (  # the engine on a transformers model
     "serve.batch_forward",
     "serve.kv_cache",
     "serve.lora",
-    "serve.packed_linear",
     "serve.product_attention",
     "serve.ragged_attention",
     "serve.requests",
