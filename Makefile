@@ -2,6 +2,7 @@
 #   make quickstart                     the whole pipeline on this machine, into runs/quickstart
 #   make quickstart ARGS="train.max_steps=4"   settings that replace the recipe's
 #   make test ARGS="-k packing"         tests, or some of them
+#   make test-slow                      tests that wait for nodes and replicas to come and go
 #   make lint   make setup   make bench   make bench ARGS="packers plan_scale"
 #   make test-vllm                      the tests of the vLLM engine, with vLLM's build for CPUs in .venv-vllm
 #   make PYTHON=python3.12 setup        another interpreter
@@ -19,7 +20,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup quickstart test test-vllm lint bench
+.PHONY: setup quickstart test test-slow test-vllm lint bench
 
 setup: $(STAMP)
 
@@ -41,6 +42,9 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow tests/integration $(ARGS)
 
 # vLLM beside the project's packages as they are: its own list would replace torch and transformers.
 $(VLLM)/installed: $(STAMP) tests/vllm/requirements.txt

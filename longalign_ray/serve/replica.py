@@ -42,7 +42,7 @@ class Progress:
 
 
 def load_engine(
-    model_dir: str, config: ServeConfig, *, dtype: str, adapters: Mapping[str, str]
+    model_dir: str, config: ServeConfig, *, dtype: str, adapters: Mapping[str, str] | None = None
 ) -> TransformersEngine | VllmEngine:
     """The engine that the recipe names, with adapters by name over its model.
 
@@ -109,19 +109,19 @@ async def gathered(
 class EngineReplica:
     """Serve replaces it when `check_health` raises."""
 
-    def __init__(self, model_dir: str, config: ServeConfig, *, dtype: str, adapters: Mapping[str, str]):
+    def __init__(self, model_dir: str, config: ServeConfig, *, dtype: str, adapters: Mapping[str, str] | None = None):
         self._engine = load_engine(model_dir, config, dtype=dtype, adapters=adapters)
         self._progress = Progress(stuck_seconds=config.stuck_seconds)
 
     async def submit(
-        self, token_ids: list[int], sampling: Sampling, adapter: str | None
+        self, token_ids: list[int], sampling: Sampling, adapter: str | None = None
     ) -> AsyncGenerator[GenerationEvent, None]:
         events = gathered(self._engine.submit(token_ids, sampling, adapter=adapter), seconds=GATHER_SECONDS)
         async with aclosing(events):
             async for event in events:
                 yield event
 
-    async def score(self, token_ids: list[int], num_top: int, adapter: str | None) -> PromptScore:
+    async def score(self, token_ids: list[int], num_top: int, adapter: str | None = None) -> PromptScore:
         return await self._engine.score(token_ids, num_top=num_top, adapter=adapter)
 
     async def stats(self) -> EngineStats:

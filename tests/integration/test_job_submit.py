@@ -149,6 +149,7 @@ def test_bad_recipe_fails_the_job_with_its_message(cluster: Cluster) -> None:
     assert "exit code 2" in failed.stdout
 
 
+@pytest.mark.slow
 def test_written_serve_config_is_deployed(cluster: Cluster, tiny_model_dir: Path, tmp_path: Path) -> None:
     """Through the cluster's REST API, as `serve deploy` does it, and with the token."""
     keys, recipe, file, [port] = tmp_path / "keys", tmp_path / "recipe.yaml", tmp_path / "serve.yaml", free_ports(1)

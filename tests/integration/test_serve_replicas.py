@@ -24,7 +24,7 @@ from longalign_ray.config import ServeConfig
 from longalign_ray.serve.engine import EngineStats
 from longalign_ray.serve.replica import EngineReplica
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.slow]
 
 MAX_ONGOING = 5
 SETTINGS: dict[str, Any] = {

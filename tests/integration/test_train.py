@@ -141,6 +141,7 @@ def nodes(local_ray: None) -> Iterator[Cluster]:
         cluster.remove_node(node)
 
 
+@pytest.mark.slow
 def test_a_node_is_lost_and_another_joins(
     undisturbed: tuple[RunConfig, RunDir],
     prepared: Prepared,
