@@ -2,7 +2,7 @@
 #   make quickstart                     the whole pipeline on this machine, into runs/quickstart
 #   make quickstart ARGS="train.max_steps=4"   settings that replace the recipe's
 #   make test ARGS="-k packing"         tests, or some of them
-#   make test-slow                      tests that wait for nodes and replicas to come and go
+#   make test-slow                      tests of minutes: the pipeline as a Ray job, nodes and replicas that come and go
 #   make lint   make setup   make bench   make bench ARGS="packers plan_scale"
 #   make test-vllm                      the tests of the vLLM engine, with vLLM's build for CPUs in .venv-vllm
 #   make PYTHON=python3.12 setup        another interpreter

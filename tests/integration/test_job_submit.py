@@ -182,6 +182,7 @@ def is_healthy(url: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_pipeline_as_a_job(cluster: Cluster, tiny_model_dir: Path, tmp_path: Path) -> None:
     """On real conversations, short ones and meetings; where they are missing, on written ones."""
     run_dir, [port] = RunDir(tmp_path / "run"), free_ports(1)
