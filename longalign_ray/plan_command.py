@@ -61,7 +61,7 @@ def _from_lengths(arguments: argparse.Namespace) -> str:
     model = None if arguments.model is None else _read_config(arguments.model)
     cost = LLAMA_2_7B if model is None else sequence_cost(model)
     shape = LLAMA_2_7B_SHAPE if model is None else _shape(model)
-    made = shape and forecast(shape, Levers(), settings, arguments)
+    made = shape and forecast(shape, Levers(async_checkpoint=True), settings, arguments)
     others = [replace(settings, strategy=strategy, balance=balance) for strategy, balance, _ in BESIDE]
     for each in (settings, *others):
         warm_up(lengths, each, cost)

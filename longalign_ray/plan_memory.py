@@ -102,6 +102,7 @@ def levers_of_recipe(config: RunConfig) -> Levers:
         zero_stage=own.zero_stage,
         gradient_checkpointing=own.gradient_checkpointing,
         head_chunk=own.head_chunk,
+        async_checkpoint=own.async_checkpoint,
         weight_bytes=4 if dtype == "float32" else 2,
         on_gpu=on_gpu,
     )
@@ -205,6 +206,7 @@ def _terms(made: Forecast) -> str:
         ("one layer's MLP", terms.mlp, 0.0),
         ("head", terms.head, 0.0),
         ("fixed", terms.fixed, 0.0),
+        ("copy of a checkpoint", 0.0 if levers.on_gpu else terms.host_copy, terms.host_copy),
     ]
     head = (
         f"Memory, forecast in GB for {made.tokens_per_rank:,} tokens a rank: {made.shape.parameters / 1e9:.2f} billion "
@@ -239,6 +241,9 @@ def _ladder(made: Forecast) -> str:
         f"Longest pack with the levers as set ({_words(_names(levers))}): {own:,} tokens on {levers.sp_degree} ranks. "
         f"Cheapest that holds packs of {made.tokens_per_rank * levers.sp_degree:,} tokens: {found}."
     ]
+    written = replace(levers, async_checkpoint=False)
+    if cheapest is None and replace(made, levers=written).cheapest() is not None:
+        notes.append("With train.async_checkpoint=false, which copies no checkpoint to the host, there is one.")
     if made.shape.heads % levers.sp_degree:
         notes.append(f"{levers.sp_degree} ranks do not divide the {made.shape.heads} heads: that needs a ring.")
     return "\n".join(lines) + "\n\n" + "\n".join(notes)

@@ -14,7 +14,7 @@ WATCHING = ("heldout_every", "max_loss_ratio", "profile_steps", "sinks")
 RESUMES_WITH_OTHER = (
     "num_workers", "cpus_per_worker", "use_gpu", "zero_stage", "offload_optimizer", "offload_parameters",
     "offload_checkpoints", "tiled_mlp", "gradient_checkpointing", "head_chunk", "checkpoint_every", "keep_checkpoints",
-    "keep_best", "checkpoint_storage", "max_failures", "sp_degree", *WATCHING,
+    "keep_best", "checkpoint_storage", "async_checkpoint", "max_failures", "sp_degree", *WATCHING,
 )  # fmt: skip
 """Settings of `train` that an interrupted run may change and still continue: the steps stay the same."""
 

@@ -86,6 +86,9 @@ class TrainConfig(Section):
     checkpoint_storage: str | None = None
     """Directory of this run's checkpoints in an object store, s3://bucket/path or gs://bucket/path; none: in run_dir.
     A store that is not Amazon's or Google's own: see corpus.storage_endpoint."""
+    async_checkpoint: bool = True
+    """Training stands still only until a checkpoint is copied in the host's memory, which must hold the copy (up to 16
+    bytes a trained weight over all ranks); false: until it is written to the local disk."""
     max_failures: Count = 2
     """Times a lost worker group is restarted from its last checkpoint."""
     adapter: AdapterConfig | None = None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import distributed as dist
@@ -21,6 +21,9 @@ from longalign_ray.train.loss import backward_scale
 from longalign_ray.train.model import PackedLM
 from longalign_ray.train.sequence_parallel import check_model, join_groups
 from longalign_ray.train.tiled_mlp import plain_mlps
+
+if TYPE_CHECKING:
+    from longalign_ray.train.async_checkpoint import CopyThenWrite
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +127,11 @@ class TrainEngine:
         )[0]
         if config.zero_stage == 0 and dtype == "bfloat16":
             _undo_first_step(self._engine.optimizer)
+        self._copies: CopyThenWrite | None = None
+        if config.async_checkpoint:
+            from longalign_ray.train.async_checkpoint import CopyThenWrite
+
+            self._engine.checkpoint_engine = self._copies = CopyThenWrite(self._engine._config)
         self._quantized = config.quantized
         self.world_size = dist.get_world_size()
         self.device = self._engine.device
@@ -173,7 +181,16 @@ class TrainEngine:
 
     def save(self, directory: Path) -> None:
         """Writes this rank's shards below `directory`/deepspeed (collective)."""
+        self.begin_save(directory)()
+
+    def begin_save(self, directory: Path) -> Callable[[], None]:
+        """`save` up to where training may go on (collective); what it returns ends it, in any thread.
+
+        Training goes on when the shards are copied, with `train.async_checkpoint=false` when they are written. The
+        next one must not begin before this one has ended.
+        """
         self._engine.save_checkpoint(str(directory), tag=TAG)
+        return self._copies.write if self._copies else lambda: None
 
     def load(self, directory: Path) -> None:
         """Restores weights and optimizer. Raises CheckpointError where the shards are missing or unreadable."""

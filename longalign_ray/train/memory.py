@@ -51,6 +51,8 @@ class Levers:
     checkpoints_on_host: bool = False
     optimizer_on_host: bool = False
     parameters_on_host: bool = False
+    async_checkpoint: bool = False
+    """Checkpoints are copied in host memory before they are written."""
     weight_bytes: int = 2
     on_gpu: bool = True
     """Otherwise all is in host memory, and what `..._on_host` says makes no difference."""
@@ -93,6 +95,8 @@ class MemoryTerms:
     host_parameters: float
     host_optimizer: float
     host_checkpoints: float
+    host_copy: float
+    """Of what a checkpoint stores. What rank 0 alone copies is divided over the ranks of its node."""
     levers: Levers
 
     @property
@@ -106,14 +110,16 @@ class MemoryTerms:
 
     @property
     def rank(self) -> float:
-        """Bytes on the device of a rank, margin included."""
+        """Bytes on the device of a rank, margin included; on a CPU of its process."""
         resident = self.parameters + self.gradients + self.optimizer + self.gathered + self.checkpoints + self.fixed
-        return (GPU_MARGIN if self.levers.on_gpu else 1.0) * (resident + self.working)
+        if not self.levers.on_gpu:
+            return resident + self.working + self.host_copy
+        return GPU_MARGIN * (resident + self.working)
 
     @property
     def node(self) -> float:
         """Bytes of host memory on a node."""
-        host = self.host_parameters + self.host_optimizer + self.host_checkpoints
+        host = self.host_parameters + self.host_optimizer + self.host_checkpoints + self.host_copy
         return self.levers.ranks_on_node * (host if self.levers.on_gpu else self.rank)
 
     def fit(self, *, gpu_bytes: float, host_bytes: float) -> bool:
@@ -129,6 +135,8 @@ def memory_terms(shape: ModelShape, *, tokens_per_rank: float, levers: Levers) -
     add up several micro-steps) from stage 2 on, the parameters (w N) in stage 3, which alone gathers. So stage 1 needs
     2wN + 12N/R. Stage 0 in float32 updates the weights themselves: 8N. An optimizer on the host takes 16N/R there (fp32
     gradients too) and, from stage 2 on, the gradients along; parameters on the host take w N/R.
+
+    A checkpoint stores the optimizer, from stage 1 on a rank's part each, and up to stage 2 the weights, of rank 0.
 
     The head runs with all checkpoints alive. The logits of a chunk are in fp32, and so is the gradient of its weight:
     4 V (chunk + h). Beside them is, in bfloat16, the rounded gradient of the logits while a product of the size of the
@@ -147,6 +155,8 @@ def memory_terms(shape: ModelShape, *, tokens_per_rank: float, levers: Levers) -
     kept_attention = kept_mlp = 0.0
     if not levers.gradient_checkpointing:
         kept_attention, kept_mlp = (w * (3 * a + 2 * kv) + 12 * h) * t, (4 * w * f + 12 * h) * t
+    whole = (w * n if stage < 3 else 0) + (optimizer if stage == 0 else 0)
+    copy = whole / levers.ranks_on_node + (optimizer if stage else 0)
     checkpoints = shape.layers * ((kept_attention + kept_mlp) or w * h * t)
     optimizer_off = levers.optimizer_on_host and levers.on_gpu
     parameters_off = levers.parameters_on_host and levers.on_gpu
@@ -169,6 +179,7 @@ def memory_terms(shape: ModelShape, *, tokens_per_rank: float, levers: Levers) -
         host_parameters=parameters if parameters_off else 0,
         host_optimizer=16 * n / ranks if optimizer_off else 0,
         host_checkpoints=checkpoints if checkpoints_off else 0,
+        host_copy=copy if levers.async_checkpoint else 0,
         levers=levers,
     )
 

@@ -62,28 +62,34 @@ class Uploads:
         self._idle = threading.Event()
         self._idle.set()
 
-    def start(self, save: Callable[[Path], None], state: TrainState, metrics: dict[str, Any]) -> None:
-        """Calls `save` with an empty local directory; all ranks do so at the same step (collective)."""
+    def start(
+        self, begin_save: Callable[[Path], Callable[[], None]], state: TrainState, metrics: dict[str, Any]
+    ) -> None:
+        """Calls `begin_save` with an empty local directory; all ranks do so at the same step (collective).
+
+        What that returns is called beside training, before the upload.
+        """
         import ray.train
         from ray.train import CheckpointUploadMode
 
         self._idle.wait()
         directory = Path(tempfile.mkdtemp(prefix=self._prefix))
-        save(directory)
+        end_save = begin_save(directory)
         self._idle.clear()
         ray.train.report(
             dict(metrics),
             checkpoint=ray.train.Checkpoint.from_directory(directory),
             checkpoint_dir_name=checkpoint_name(state.step),  # rank 0's is taken
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=lambda checkpoint, name: self._upload(Path(checkpoint.path), name, state),
+            checkpoint_upload_fn=lambda checkpoint, name: self._upload(Path(checkpoint.path), name, state, end_save),
             delete_local_checkpoint_after_upload=True,
         )
 
-    def _upload(self, directory: Path, name: str, state: TrainState) -> Any:
+    def _upload(self, directory: Path, name: str, state: TrainState, end_save: Callable[[], None]) -> Any:
         from ray.train import Checkpoint
 
         try:
+            end_save()
             files = list_files(directory)
             self._store.upload(directory, name)
             self._store.finish(name, self._rank, files, state if self._rank == 0 else None)

@@ -183,7 +183,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
             heldout_loss=last_row.get("heldout_loss"),
             model_digest=trained,
         )
-        uploads.start(engine.save, state, last_row)
+        uploads.start(engine.begin_save, state, last_row)
 
     try:
         train_loop(

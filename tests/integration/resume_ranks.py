@@ -45,9 +45,11 @@ class Case:
     """Of ZeRO: on two ranks, on one, on two again."""
     dtype: str = "float32"
     adapter: bool = False
+    async_checkpoint: bool = True
 
     def __str__(self) -> str:
-        return "-".join([*map(str, self.stages), self.dtype, *(["adapter"] if self.adapter else [])])
+        ways = ["adapter"] * self.adapter + ["written-at-once"] * (not self.async_checkpoint)
+        return "-".join([*map(str, self.stages), self.dtype, *ways])
 
 
 CASES = [
@@ -57,6 +59,7 @@ CASES = [
     Case((1, 2, 1), "bfloat16"),
     Case((3, 3, 3), "bfloat16"),
     Case((3, 3, 3), adapter=True),
+    Case((2, 1, 2), async_checkpoint=False),
 ]
 
 
@@ -94,14 +97,14 @@ def run(case: Case, directory: Path, *, number: int, last_step: int, save_after:
     model = prepare_model(built.to(dtype), gradient_checkpointing=False, head_chunk=64)
     if case.adapter:
         add_adapter(model, AdapterConfig(rank=3), seed=1 + (stored is not None))
-    engine = TrainEngine(
-        model, TrainConfig(zero_stage=stage), dtype=case.dtype, micro_steps=micro_steps, load_universal=convert
-    )
+    config = TrainConfig(zero_stage=stage, async_checkpoint=case.async_checkpoint)
+    engine = TrainEngine(model, config, dtype=case.dtype, micro_steps=micro_steps, load_universal=convert)
     if stored is not None:
         with loadable(store, stored, convert=convert, local_rank=rank) as loaded:
             engine.load(loaded)
         first_step = stored.state.step
-    rows = []
+    rows: list[Row] = []
+    end_save: Callable[[], None] | None = None
     for step in range(first_step, last_step):
         loss = torch.zeros(())
         for micro_step in range(micro_steps):
@@ -110,17 +113,29 @@ def run(case: Case, directory: Path, *, number: int, last_step: int, save_after:
         grad_norm = engine.step(1e-2 / (step + 1))
         assert grad_norm is not None
         rows.append((step, all_reduce_sum(loss).item(), grad_norm))
+        if end_save is not None:  # of the step before: this one has changed all that it copied
+            end_save()
+        end_save = None
         if step + 1 in save_after:
-            save(engine, store, TrainState(step + 1, 0, "plan", world_size, stage))
+            state = TrainState(step + 1, 0, "plan", world_size, stage)
+            end_save = begin_save(engine, store, state, at_once=not case.async_checkpoint)
+    if end_save is not None:
+        end_save()
     return rows
 
 
-def save(engine: TrainEngine, store: CheckpointStore, state: TrainState) -> None:
+def begin_save(engine: TrainEngine, store: CheckpointStore, state: TrainState, *, at_once: bool) -> Callable[[], None]:
     rank, local = dist.get_rank(), Path(store.path).parent / f"local-{dist.get_rank()}-{state.step}"
-    engine.save(local)
-    store.upload(local, checkpoint_name(state.step)[:13])
-    store.finish(checkpoint_name(state.step)[:13], rank, list_files(local), state if rank == 0 else None)
-    dist.barrier()
+    write = engine.begin_save(local)
+    assert bool(list(local.rglob("*.pt"))) is at_once
+
+    def end() -> None:
+        write()
+        store.upload(local, checkpoint_name(state.step)[:13])
+        store.finish(checkpoint_name(state.step)[:13], rank, list_files(local), state if rank == 0 else None)
+        dist.barrier()
+
+    return end
 
 
 def in_world(world_size: int, work: Callable[[], Any]) -> Any:

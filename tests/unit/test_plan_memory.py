@@ -52,12 +52,28 @@ def test_options_change_the_levers(tmp_path: Path, capsys: pytest.CaptureFixture
     on_host = ["--on-host", "optimizer", "--on-host", "checkpoints"]
     memory = told(capsys, tmp_path, *world, *on_host, "--gpu-memory", "30", "--host-memory", "100")["memory"]
     expected = Levers(
-        ranks=16, sp_degree=2, zero_stage=2, ranks_per_node=4, optimizer_on_host=True, checkpoints_on_host=True
+        ranks=16,
+        sp_degree=2,
+        zero_stage=2,
+        ranks_per_node=4,
+        optimizer_on_host=True,
+        checkpoints_on_host=True,
+        async_checkpoint=True,
     )
     terms = memory_terms(LLAMA_2_7B, tokens_per_rank=65_536, levers=expected)
     assert (memory["rank_bytes"], memory["node_bytes"]) == (terms.rank, terms.node)
-    assert memory["node_bytes"] == pytest.approx(4 * (LLAMA_2_7B.parameters + 2 * 4_096 * 32 * 65_536))
+    n = LLAMA_2_7B.parameters
+    assert memory["node_bytes"] == pytest.approx(4 * (n + 2 * 4_096 * 32 * 65_536) + 2 * n + 4 * 12 * n / 16)
     assert memory["fits"] is False
+
+
+def test_a_host_without_room_for_the_copy_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On 8 GPUs the copy takes 81 GB."""
+    note = "With train.async_checkpoint=false"
+    for host_gb, fits in ((82, True), (80, False)):
+        made = told(capsys, tmp_path, "--host-memory", str(host_gb))["memory"]
+        assert (made["fits"], made["cheapest_levers"]) == (fits, [] if fits else None)
+        assert (note in plan(capsys, tmp_path, "--host-memory", str(host_gb))) is not fits
 
 
 def test_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

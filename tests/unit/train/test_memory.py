@@ -158,6 +158,23 @@ def test_levers_by_hand() -> None:
     assert (stage_1.parameters, stage_1.gradients, stage_1.optimizer) == (2 * N, 2 * N, 0)
 
 
+@pytest.mark.parametrize(
+    ("stage", "bytes_of_node"),
+    # 16 ranks, 8 a node, the first node: the weights and Adam of ZeRO-0; the weights and 8 shards; the 8 shards alone
+    [(0, 2 * N + 12 * N), (1, 2 * N + 8 * 12 * N / 16), (2, 2 * N + 8 * 12 * N / 16), (3, 8 * 12 * N / 16)],
+)
+def test_copy_of_a_checkpoint_by_hand(stage: int, bytes_of_node: float) -> None:
+    def terms(**settings: Any) -> Any:
+        return memory_terms(SMALL, tokens_per_rank=10, levers=Levers(ranks=16, zero_stage=stage, **settings))
+
+    with_copy, without = terms(async_checkpoint=True), terms()
+    assert with_copy.node - without.node == pytest.approx(bytes_of_node, rel=1e-12)
+    assert with_copy.rank == without.rank
+    on_cpu = {"on_gpu": False, "weight_bytes": 4}
+    added = terms(async_checkpoint=True, **on_cpu).rank - terms(**on_cpu).rank
+    assert added == pytest.approx((4 * N * (stage < 3) + 8 * N * (stage == 0)) / 8 + 12 * N / 16 * (stage > 0))
+
+
 def test_on_a_cpu_by_hand() -> None:
     """Weights of 4 bytes; what is on the host stays in the same memory; attention and MLP exist together."""
     levers = Levers(ranks=2, zero_stage=0, weight_bytes=4, on_gpu=False, optimizer_on_host=False)
