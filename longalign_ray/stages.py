@@ -56,17 +56,23 @@ def open_run_of(config: RunConfig) -> tuple[RunConfig, RunDir]:
     return config, run_dir
 
 
+def set_ray_environment() -> None:
+    """What the processes of a Ray that is started here inherit; a cluster has its own."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else workers run at nice +15 and starve on a shared machine
+    # Serve calls from process to process by gRPC, on one thread each: a streamed token costs half the CPU time.
+    os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
+    os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
+    os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 def connect_ray(config: RunConfig) -> None:
     """Joins the cluster of `ray.address` or of the environment, else starts Ray on this machine; once a process."""
     import ray
 
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_worker_niceness", "0")  # else workers run at nice +15 and starve on a shared machine
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault(
-        "RAY_SERVE_USE_GRPC_BY_DEFAULT", "1"
-    )  # half the CPU time of a streamed token (serve_overhead)
+    set_ray_environment()
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     settings: dict[str, Any] = {
         "address": config.ray.address,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -98,9 +97,11 @@ def main() -> None:
     from ray.train import CheckpointConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from longalign_ray.stages import set_ray_environment
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=6)
-    os.environ.setdefault("RAY_worker_niceness", "0")  # as `stages.connect_ray` does
+    set_ray_environment()
     ray.init(num_cpus=3, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     directory = Path(tempfile.mkdtemp(prefix="longalign-stall-"))
     try:

@@ -120,7 +120,12 @@ def print_speed(model_dir: Path, dtypes: list[str], concurrent: list[int], stock
         systems["ours"] = lambda prompts, new, engine=engine: our_rates(engine, prompts, new)
         if importlib.util.find_spec("vllm"):
             llm = importlib.import_module("vllm").LLM(
-                str(model_dir), dtype=dtype, max_model_len=1_024, enforce_eager=True, enable_prefix_caching=False
+                str(model_dir),
+                dtype=dtype,
+                max_model_len=1_024,
+                enforce_eager=True,
+                enable_prefix_caching=False,
+                gpu_memory_utilization=0.5,  # of the host's memory, where there is no GPU
             )
             systems["vLLM"] = lambda prompts, new, llm=llm: vllm_rates(llm, prompts, new)
         for rates in systems.values():

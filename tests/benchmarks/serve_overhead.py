@@ -104,13 +104,14 @@ def main() -> None:
     arguments = parser.parse_args()
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
     from longalign_ray.config import ServeConfig
     from longalign_ray.serve.app import running_app
+    from longalign_ray.stages import set_ray_environment
     from tests.tiny_model import write_tiny_model
 
+    set_ray_environment()
     ray.init(num_cpus=4, include_dashboard=False, logging_level=logging.WARNING, object_store_memory=200_000_000)
     with tempfile.TemporaryDirectory() as scratch, socket.socket() as probe:
         model_dir = write_tiny_model(Path(scratch))
