@@ -59,10 +59,9 @@ def open_run_of(config: RunConfig) -> tuple[RunConfig, RunDir]:
 def set_ray_environment() -> None:
     """What the processes of a Ray that is started here inherit; a cluster has its own."""
     os.environ.setdefault("RAY_worker_niceness", "0")  # else workers run at nice +15 and starve on a shared machine
-    # Serve calls from process to process by gRPC, on one thread each: a streamed token costs half the CPU time.
+    # Serve calls from process to process by gRPC, in one thread of a replica: a streamed token costs half the CPU time.
     os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
     os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
-    os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

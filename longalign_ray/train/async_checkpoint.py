@@ -30,6 +30,6 @@ class CopyThenWrite(TorchCheckpointEngine):
         self._copies[path] = self._stager.stage(state_dict)
 
     def write(self) -> None:
-        while self._copies:
-            path, copy = self._copies.popitem()
+        copies, self._copies = self._copies, {}
+        for path, copy in copies.items():
             super().save(copy, path)
