@@ -14,6 +14,7 @@ from longalign_ray.stages import set_ray_environment
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would wait for each other
 os.environ.setdefault("OMP_THREAD_LIMIT", "1")  # a rank that has three logical CPUs would set three
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # DeepSpeed's Muon has each rank import torch's compiler: 4 s of CPU
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")  # 30 s for a rank that a test has stopped
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "test")  # before Ray starts, so that its workers have them too

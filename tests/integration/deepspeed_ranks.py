@@ -426,7 +426,7 @@ def run_world(world_size: int, cases: list[Case], results: Path) -> None:
 
 
 def import_all(families: Iterable[str]) -> None:
-    """What the ranks would each import: transformers' models, and torch's compiler, which DeepSpeed's Muon asks for.
+    """What the ranks would each import: DeepSpeed with its optimizers, and transformers' models.
 
     ZeRO-3 collects garbage for each engine: a quarter of a second over what is imported, unless that is frozen.
     """

@@ -205,6 +205,7 @@ def test_a_node_is_lost_and_another_joins(
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_ranks_that_share_packs_take_the_same_steps(
     undisturbed: tuple[RunConfig, RunDir], prepared: Prepared, tmp_path: Path
 ) -> None:
