@@ -149,8 +149,8 @@ def test_an_interrupted_prepare_continues_with_what_is_finished(
 
 def test_a_killed_prepare_continues_and_one_worker_writes_what_four_write(tiny_model_dir: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of the slices; the rest on more workers gives the bytes of an undisturbed run."""
-    paths = [str(write_corpus(tmp_path / f"part{n}.jsonl", 300, seed=n)) for n in range(16)]
-    sections = {"corpus": {"paths": paths}, "packing": {"packs_per_step": 8, "steps_per_file": 20}}
+    paths = [str(write_corpus(tmp_path / f"part{n}.jsonl", 100, seed=n)) for n in range(10)]
+    sections = {"corpus": {"paths": paths}, "packing": {"packs_per_step": 8, "steps_per_file": 5}}
     (tmp_path / "whole").mkdir()
     _, undisturbed = prepare(write_recipe(tmp_path / "whole", tiny_model_dir, **sections))
     recipe = write_recipe(tmp_path, tiny_model_dir, **sections)
