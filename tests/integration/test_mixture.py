@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -138,6 +141,33 @@ def test_duplicates_and_contamination_whatever_the_slices(
     ]
     assert rejects[1]["detail"].endswith(": " + " ".join(QUESTION.split()[:13]))
     assert rejects[2]["detail"] == f"the text of a5 ({first}, line 6), which is kept"
+
+
+@pytest.mark.slow
+def test_one_worker_drops_the_same_and_writes_the_same_bytes(tiny_model_dir: Path, tmp_path: Path) -> None:
+    first, second, evaluation = write_repetitive(tmp_path)
+    written = []
+    for name in ("four", "one"):
+        (tmp_path / name).mkdir()
+        recipe = write_recipe(
+            tmp_path / name,
+            tiny_model_dir,
+            corpus={"paths": [str(first), str(second)], "max_bad_fraction": 0.0},
+            data={"dedup": "near", "decontaminate": {"paths": [str(evaluation)]}},
+        )
+        if name == "one":  # a Ray of its own
+            command = [sys.executable, "-m", "longalign_ray.cli", "prepare", str(recipe), "ray.num_cpus=1"]
+            subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": os.getcwd()}, timeout=300)
+            run_dir = stages.open_run(recipe, ["ray.num_cpus=1"])[1]
+        else:
+            run_dir = prepare(recipe)[1]
+        files = [path for kind in (run_dir.store, run_dir.packed) for path in kind.iterdir()]
+        written.append({path.name: path.read_bytes() for path in files if path.suffix in (".arrow", ".parquet")})
+        rejects = [(reject["line"], reject["reason"], reject.get("kept")) for reject in rejects_of(run_dir)]
+        assert rejects[3:] == [(12, "near_duplicate", "a7"), (14, "duplicate", "a7")]
+        assert len(rejects) == 5
+    assert len(written[0]) > 2
+    assert written[0] == written[1]
 
 
 def test_a_changed_evaluation_set_and_a_bad_one(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def kill_the_driver(recipe: Path, *, when: Callable[[], bool]) -> None:
 
 
 def test_a_refusal_of_a_rank_is_the_message_and_nothing_is_started_anew(prepared: Prepared, tmp_path: Path) -> None:
-    config, run_dir = prepared(tmp_path, num_workers=1, learning_rate=1e12, max_failures=1)
+    config, run_dir = prepared(tmp_path, learning_rate=1e12, max_failures=1)
     with pytest.raises(LongAlignError, match=r"rank 0: .* of step \d+ is (nan|inf).*talk-\d+.*learning_rate"):
         stages.train(config, run_dir)
     assert len(list((run_dir.metrics.parent / "tensorboard").iterdir())) == 1  # a file for each start
